@@ -1,0 +1,114 @@
+"""The nouns of relevance: query, document, judgment, instruction, explanation.
+
+Plain immutable records. Readers and the built-in world produce them, `answer_format` renders them to
+tokens, everything else only carries them. A grade is always its index on the scale, 0 = least relevant;
+the scale's own spelling ("1".."4", "bad".."perfect") appears only at the reader and in the label tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+
+class Match(enum.StrEnum):
+    """What the document says of one hard constraint of the query."""
+
+    MET = "met"
+    VIOLATED = "violated"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Query:
+    query_id: str
+    text: str
+    context: str = ""  # what the searcher did before, for example the video just watched
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    doc_id: str
+    title: str
+    text: str = ""
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # shown after the text, in this order
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Explanation:
+    """A checkable reason for a grade: `need[i]` is a hard constraint, `facts[i]` what the document says of it,
+    `verdicts[i]` whether that meets it; `rule` is the number of the rule that decided.
+
+    Constraints and facts are short phrases without newline or ';' (they are written as lists).
+    """
+
+    need: tuple[str, ...]
+    facts: tuple[str, ...]
+    verdicts: tuple[Match, ...]
+    rule: int
+
+    def __post_init__(self):
+        if not len(self.need) == len(self.facts) == len(self.verdicts):
+            raise ValueError(
+                f"an explanation has one fact and one verdict for each constraint; got {len(self.need)} constraints, "
+                f"{len(self.facts)} facts, {len(self.verdicts)} verdicts"
+            )
+        for phrase in (*self.need, *self.facts):
+            if not phrase or "\n" in phrase or ";" in phrase:
+                raise ValueError(f"a constraint or fact is a non-empty phrase without newline or ';'; got {phrase!r}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Judgment:
+    """One judged pair. `grade` indexes `Scale.labels`; `rules` are all rules that justify the grade, deciding rule first."""
+
+    query: Query
+    document: Document
+    grade: int
+    explanation: Explanation | None = None
+    rules: tuple[int, ...] = ()
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scale:
+    """Grades from least to most relevant: the string of each label token and what the grade means."""
+
+    labels: tuple[str, ...]
+    meanings: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"a scale has at least two different labels; got {self.labels}")
+        if self.meanings and len(self.meanings) != len(self.labels):
+            raise ValueError(f"{len(self.labels)} labels but {len(self.meanings)} meanings")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """A numbered rule of the rulebook. `grades` are the grade indices it may lead to."""
+
+    number: int
+    text: str
+    grades: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Instruction:
+    """What the judge is told: a task line, the scale and the numbered rules (none where a data set has no rulebook)."""
+
+    task: str
+    scale: Scale
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self):
+        numbers = [rule.number for rule in self.rules]
+        if len(set(numbers)) != len(numbers):
+            raise ValueError(f"two rules have the same number: {numbers}")
+
+    def rule(self, number: int) -> Rule | None:
+        return next((rule for rule in self.rules if rule.number == number), None)

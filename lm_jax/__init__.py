@@ -1,0 +1,1 @@
+"""The language model that both recipes share: decoder, weights, tokenizer, sampling, token losses, training loop."""

@@ -1,0 +1,248 @@
+"""The decoder: one code path for Qwen3, Qwen2.5 and Llama, layers stacked and scanned, three entries.
+
+`Decoder(config, parameters)` is built inside a jitted function from the parameter dictionary; that costs nothing at run time
+and keeps train states plain dictionaries. Entries: `__call__` over full rows, `prefill` which also returns the keys and
+values, `decode` for one token of each of G answers that share a prompt.
+
+Rows. A row holds one or more *groups* (0 is padding); inside a group, branch 0 is a shared trunk and branches 1.. are
+continuations of it that do not see each other. A token attends to earlier tokens of its own group that lie on the trunk
+or on its own branch. So one row may hold packed examples (one group each, all branch 0), or one prompt followed by its G
+sampled answers, or one query followed by all its documents - and the shared part is computed once.
+
+Shapes: B batch, T and S tokens, D model, N query heads, K key/value heads, M = N / K, H head size, F feed-forward,
+L layers, V vocabulary, P prompts, G group, A answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from lm_jax.config import DecoderConfig
+from lm_jax.parameters import Parameters, table
+from sharding.rules import constrain
+
+REMAT = {
+    "none": None,
+    "matmuls": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum with operands in b's dtype and float32 accumulation, forward and backward; float32 result.
+
+    Autodiff alone would multiply float32 cotangents with bf16 operands, which no platform does fast. Every index of one
+    operand must occur in the other or in the result.
+    """
+    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _contract_forward(equation, a, b):
+    return contract(equation, a, b), (a, b)
+
+
+def _contract_backward(equation, saved, cotangent):
+    a, b = saved
+    (axes_a, axes_b), result = equation.split("->")[0].split(","), equation.split("->")[1]
+    cotangent = cotangent.astype(b.dtype)
+    d_a = jnp.einsum(f"{result},{axes_b}->{axes_a}", cotangent, b, preferred_element_type=jnp.float32)
+    d_b = jnp.einsum(f"{axes_a},{result}->{axes_b}", a.astype(b.dtype), cotangent, preferred_element_type=jnp.float32)
+    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [..., 1, H/2] float32 of positions [...]; the added axis broadcasts over heads."""
+    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary positions on [..., heads, H]: the two halves of H are the two coordinates."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_mask(groups_BT: jax.Array, branches_BT: jax.Array) -> jax.Array:
+    """[B, T, S] bool: may token t look at token s? Earlier in the row, same group, on the trunk or on t's branch."""
+    tokens = groups_BT.shape[1]
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    same_group = groups_BT[:, :, None] == groups_BT[:, None, :]
+    visible = (branches_BT[:, None, :] == 0) | (branches_BT[:, :, None] == branches_BT[:, None, :])
+    return causal & same_group & visible
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Grouped-query attention, softmax in float32; every row of the mask must allow something."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H)
+    score = contract("btkmh,bskh->bkmts", q_BTKMH * H**-0.5, k_BSKH)
+    score = jnp.where(mask_BTS[:, None, None], score, -jnp.inf)
+    weight = jax.nn.softmax(score, axis=-1)
+    return contract("bkmts,bskh->btkmh", weight, v_BSKH).reshape(B, T, N, H)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of P prompts and of the G answers that continue each.
+
+    The prompt block is written once by `prefill` and shared by the group; only the answer block grows.
+    """
+
+    prompt_keys: jax.Array  # [L, P, S, K, H]
+    prompt_values: jax.Array  # [L, P, S, K, H]
+    prompt_lengths: jax.Array  # [P]
+    answer_keys: jax.Array  # [L, P, G, A, K, H]
+    answer_values: jax.Array  # [L, P, G, A, K, H]
+
+
+class Decoder(nnx.Module):
+    """Weights plus the three entries. `dtype` is the compute dtype, `remat` what the backward pass recomputes."""
+
+    def __init__(
+        self, config: DecoderConfig, parameters: Parameters, *, dtype: Any = jnp.float32, remat: str = "none"
+    ):
+        if missing := table(config).keys() - parameters.keys():
+            raise ValueError(f"the decoder's parameters {sorted(missing)} are missing")
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        for name, row in table(config).items():
+            keep = jnp.float32 if row.start == "ones" else self.dtype  # norms scale in float32
+            setattr(self, name, nnx.Param(parameters[name].astype(keep)))
+
+    @property
+    def output_embedding(self) -> jax.Array:
+        """The head [V, D]: logits = hidden · headᵀ. Losses hand it to `kernels.token_logprobs`."""
+        return self.embed[...] if self.config.tied_head else self.head[...]
+
+    def __call__(self, 
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        groups_BT: jax.Array,
+        branches_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm, of full rows."""
+        return self._full(tokens_BT, positions_BT, groups_BT, branches_BT, keep_cache=False)[0]
+
+    def prefill(self, tokens_PS: jax.Array, lengths_P: jax.Array, group: int, answer: int) -> tuple[jax.Array, Cache]:
+        """Run P right-padded prompts once.
+
+        Returns:
+            Hidden states [P, D] of each prompt's last token (what predicts the answer's first), and the cache for
+            `group` answers of up to `answer` tokens each.
+        """
+        P, S = tokens_PS.shape
+        positions_PS = jnp.broadcast_to(jnp.arange(S), (P, S))
+        groups_PS = (positions_PS < lengths_P[:, None]).astype(jnp.int32)
+        hidden_PSD, (keys, values) = self._full(tokens_PS, positions_PS, groups_PS, None, keep_cache=True)
+        last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+        config = self.config
+        empty = jnp.zeros((config.layers, P, group, answer, config.kv_heads, config.head_size), self.dtype)
+        return last_PD, Cache(keys, values, lengths_P, empty, empty)
+
+    def decode(self, tokens_PG: jax.Array, step: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Advance every answer by its token number `step`.
+
+        Args:
+            tokens_PG: the tokens sampled last.
+            step: how many answer tokens the cache already holds.
+
+        Returns:
+            Hidden states [P, G, D] that predict the next token, and the cache with this token added.
+        """
+        P, G = tokens_PG.shape
+        K, H = self.config.kv_heads, self.config.head_size
+        angles = rotary_angles(
+            jnp.broadcast_to((cache.prompt_lengths + step)[:, None], (P, G)), H, self.config.rope_theta
+        )
+        in_prompt_PS = jnp.arange(cache.prompt_keys.shape[2]) < cache.prompt_lengths[:, None]
+        in_answer_A = jnp.arange(cache.answer_keys.shape[3]) <= step
+
+        def block(carry, inputs):
+            x_PGD, answer_keys, answer_values = carry
+            index, weights, prompt_keys_PSKH, prompt_values_PSKH = inputs
+            q_PGNH, k_PGKH, v_PGKH = self._queries_keys_values(x_PGD, weights, angles)
+
+            def append(block, new_PGKH):
+                return jax.lax.dynamic_update_slice(block, new_PGKH[None, :, :, None], (index, 0, 0, step, 0, 0))
+
+            answer_keys, answer_values = append(answer_keys, k_PGKH), append(answer_values, v_PGKH)
+            q_PGKMH = q_PGNH.reshape(P, G, K, -1, H) * H**-0.5
+            over_prompt = jnp.where(
+                in_prompt_PS[:, None, None, None], contract("pgkmh,pskh->pgkms", q_PGKMH, prompt_keys_PSKH), -jnp.inf
+            )
+            over_answer = jnp.where(
+                in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, answer_keys[index]), -jnp.inf
+            )
+            weight = jax.nn.softmax(jnp.concatenate([over_prompt, over_answer], axis=-1), axis=-1)
+            prompt_weight, answer_weight = jnp.split(weight, [prompt_keys_PSKH.shape[1]], axis=-1)
+            mixed = contract("pgkms,pskh->pgkmh", prompt_weight, prompt_values_PSKH)
+            mixed += contract("pgkma,pgakh->pgkmh", answer_weight, answer_values[index])
+            return (self._finish(x_PGD, mixed.reshape(q_PGNH.shape), weights), answer_keys, answer_values), None
+
+        x_PGD = self._embed(tokens_PG)
+        inputs = (jnp.arange(self.config.layers), self._layers(), cache.prompt_keys, cache.prompt_values)
+        carry = (x_PGD, cache.answer_keys, cache.answer_values)
+        (x_PGD, answer_keys, answer_values), _ = jax.lax.scan(block, carry, inputs)
+        hidden_PGD = rms_norm(x_PGD, self.final_norm[...], self.config.norm_epsilon)
+        return hidden_PGD, cache.replace(answer_keys=answer_keys, answer_values=answer_values)
+
+    def _full(self, tokens_BT, positions_BT, groups_BT, branches_BT, keep_cache: bool):
+        branches_BT = jnp.zeros_like(groups_BT) if branches_BT is None else branches_BT
+        mask_BTS = attention_mask(groups_BT, branches_BT)
+        angles = rotary_angles(positions_BT, self.config.head_size, self.config.rope_theta)
+
+        def block(x_BTD, weights):
+            q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(x_BTD, weights, angles)
+            x_BTD = self._finish(x_BTD, attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS), weights)
+            x_BTD = constrain(x_BTD, ("batch", "length", "activation"))
+            return x_BTD, (k_BTKH, v_BTKH) if keep_cache else None
+
+        if self.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
+        x_BTD = constrain(self._embed(tokens_BT), ("batch", "length", "activation"))
+        x_BTD, cache = jax.lax.scan(block, x_BTD, self._layers())
+        return rms_norm(x_BTD, self.final_norm[...], self.config.norm_epsilon), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embed[...][tokens]
+
+    def _layers(self) -> dict[str, jax.Array]:
+        return {name: getattr(self, name)[...] for name, row in table(self.config).items() if row.stacked}
+
+    def _queries_keys_values(self, x: jax.Array, weights: dict[str, jax.Array], angles) -> tuple[jax.Array, ...]:
+        """Normed and projected [..., heads, H], queries and keys rotated; x is [B, T, D]."""
+        config = self.config
+        y = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
+        q, k, v = (contract("btd,dnh->btnh", y, weights[name]) for name in ("query", "key", "value"))
+        if config.qkv_bias:
+            q, k, v = q + weights["query_bias"], k + weights["key_bias"], v + weights["value_bias"]
+        if config.qk_norm:
+            q = rms_norm(q, weights["query_norm"], config.norm_epsilon)
+            k = rms_norm(k, weights["key_norm"], config.norm_epsilon)
+        return rotate(q, angles).astype(self.dtype), rotate(k, angles).astype(self.dtype), v.astype(self.dtype)
+
+    def _finish(self, x: jax.Array, mixed: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+        """Output projection and feed-forward, each added to the residual stream."""
+        x = x + contract("btnh,nhd->btd", mixed.astype(self.dtype), weights["output"]).astype(x.dtype)
+        y = rms_norm(x, weights["ffn_norm"], self.config.norm_epsilon)
+        gate = contract("btd,df->btf", y, weights["gate"])
+        up = contract("btd,df->btf", y, weights["up"])
+        return x + contract("btf,fd->btd", (jax.nn.silu(gate) * up).astype(self.dtype), weights["down"]).astype(x.dtype)

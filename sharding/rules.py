@@ -1,0 +1,52 @@
+"""One table from an array's logical axes to the mesh's axes.
+
+Parameters, optimizer state, activations, caches and batches all name their axes in the same words, so this table is
+the only place that decides what is split over what.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "layers": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "activation": None,
+    # parameters
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_size": None,
+    "ffn": "tensor",
+}
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes bear these logical names."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The NamedSharding of an array of `shape`; an axis that the mesh does not divide stays whole."""
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        rule = RULES[axis]
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        entries.append(rule if size % parts == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Pin an activation to its place on the current mesh (`jax.set_mesh`); the identity where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
