@@ -105,7 +105,8 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
     """
     family = config.get("model_type")
     if family not in ARCHITECTURES:
-        raise ValueError(f"config.json: unknown architecture model_type={family!r}; known are {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"config.json: unknown architecture model_type={family!r}; known are {known}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {
@@ -139,7 +140,9 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def to_hugging_face(config: DecoderConfig, *, bos: int | None = None, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
+def to_hugging_face(
+    config: DecoderConfig, *, bos: int | None = None, eos: int | None = None, pad: int | None = None
+) -> dict[str, Any]:
     """The config.json of a model of this shape, with rope settings in both spellings."""
     return {
         "architectures": [f"{ARCHITECTURES[config.family]}ForCausalLM"],

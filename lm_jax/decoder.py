@@ -1,13 +1,13 @@
 """The decoder: one code path for Qwen3, Qwen2.5 and Llama, layers stacked and scanned, three entries.
 
-`Decoder(config, parameters)` is built inside a jitted function from the parameter dictionary; that costs nothing at run time
-and keeps train states plain dictionaries. Entries: `__call__` over full rows, `prefill` which also returns the keys and
-values, `decode` for one token of each of G answers that share a prompt.
+`Decoder(config, parameters)` is built inside a jitted function from the parameter dictionary; that costs nothing at
+run time and keeps train states plain dictionaries. Entries: `__call__` over full rows, `prefill` which also returns
+the keys and values, `decode` for one token of each of G answers that share a prompt.
 
 Rows. A row holds one or more *groups* (0 is padding); inside a group, branch 0 is a shared trunk and branches 1.. are
 continuations of it that do not see each other. A token attends to earlier tokens of its own group that lie on the trunk
-or on its own branch. So one row may hold packed examples (one group each, all branch 0), or one prompt followed by its G
-sampled answers, or one query followed by all its documents - and the shared part is computed once.
+or on its own branch. So one row may hold packed examples (one group each, all branch 0), or one prompt followed by its
+G sampled answers, or one query followed by all its documents - and the shared part is computed once.
 
 Shapes: B batch, T and S tokens, D model, N query heads, K key/value heads, M = N / K, H head size, F feed-forward,
 L layers, V vocabulary, P prompts, G group, A answer.
@@ -132,7 +132,8 @@ class Decoder(nnx.Module):
         """The head [V, D]: logits = hidden · headᵀ. Losses hand it to `kernels.token_logprobs`."""
         return self.embed[...] if self.config.tied_head else self.head[...]
 
-    def __call__(self, 
+    def __call__(
+        self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
         groups_BT: jax.Array,

@@ -29,7 +29,8 @@ class Parameter:
 
     Attributes:
         shape, axes: of the whole array; a stacked parameter begins with L and "layers".
-        start: "normal" (initializer_range), "residual" (the same over sqrt(2 L): it writes into the residual stream), "ones" or "zeros".
+        start: "normal" (initializer_range), "residual" (the same over sqrt(2 L): it writes into the residual stream),
+            "ones" or "zeros".
         hugging_face: tensor name, with {layer} where stacked.
         matrix: a torch Linear, stored there as [out, in]; ours is [in..., out...].
         inputs: how many of our leading (per-layer) axes are inputs of that Linear.

@@ -1,0 +1,127 @@
+"""A fast Hugging Face tokenizer: read, train, check that labels are single tokens, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from lm_jax.gguf_file import PRE_TOKENIZERS, GGUFFile
+from lm_jax.source import locate
+
+PATTERNS = ("tokenizer*.json", "chat_template.jinja")
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+
+
+class Tokenizer:
+    """Text to token ids and back. No special token is ever added, and no character is normalized away on decoding.
+
+    Attributes:
+        bos, eos, pad: ids of the special tokens, None where there is none; without a padding token `pad` is `eos`.
+        vocab_size: one more than the largest id. A model's vocabulary may be larger (Qwen3 rounds it up).
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]):
+        self._tokenizer, self._settings = tokenizer, settings
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos, self.eos, pad = (self._special(name) for name in ("bos_token", "eos_token", "pad_token"))
+        self.pad = self.eos if pad is None else pad
+
+    @classmethod
+    def load(cls, source: str | Path) -> Tokenizer:
+        """Read the tokenizer of a model folder, a hub id or a .gguf file.
+
+        Raises:
+            FileNotFoundError: the folder has no tokenizer.json.
+            FileNotFoundError, ConnectionError: see `source.locate`.
+        """
+        path = locate(source, PATTERNS)
+        if path.is_file():
+            return cls(*GGUFFile(path).tokenizer())
+        if not (path / "tokenizer.json").exists():
+            raise FileNotFoundError(f"{path}: tokenizer.json is missing; transformers' save_pretrained() writes it")
+        settings_file = path / "tokenizer_config.json"
+        settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+        if (path / "chat_template.jinja").exists():
+            settings["chat_template"] = (path / "chat_template.jinja").read_text()
+        tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, settings)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens included; ids beyond the tokenizer's vocabulary have no text."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def newlines(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int32: newline characters in each token's text; 0 beyond the tokenizer's vocabulary."""
+        ids = range(min(self.vocab_size, vocab_size))
+        texts = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
+        counts = np.zeros(vocab_size, np.int32)
+        counts[: len(texts)] = [text.count("\n") for text in texts]
+        return counts
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _special(self, name: str) -> int | None:
+        token = self._settings.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE on texts; every digit is a token of its own. The same texts give the same tokenizer."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(PRE_TOKENIZERS["smollm"])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer, {"eos_token": END_OF_TEXT, "pad_token": PADDING})
+
+
+def label_token_ids(tokenizer: Tokenizer, prompt_tail: str, labels: Sequence[str]) -> tuple[int, ...]:
+    """The id of each label right after the prompt.
+
+    Args:
+        prompt_tail: the exact end of every prompt, long enough that what precedes it cannot change its tokens.
+
+    Raises:
+        ValueError: a label that is not one token there, or two labels that share a token.
+    """
+    tail = tokenizer.encode(prompt_tail)
+    ids = []
+    for label in labels:
+        tokens = tokenizer.encode(prompt_tail + label)
+        if len(tokens) != len(tail) + 1 or tokens[:-1] != tail:
+            common = next((i for i, (a, b) in enumerate(zip(tokens, tail, strict=False)) if a != b), len(tail))
+            found = [tokenizer.decode([token]) for token in tokens[common:]]
+            raise ValueError(
+                f"label {label!r} must be one token right after {prompt_tail!r}; "
+                f"from where the two differ, the tokens are {found} (ids {tokens[common:]})"
+            )
+        if tokens[-1] in ids:
+            raise ValueError(f"labels {labels[ids.index(tokens[-1])]!r} and {label!r} are the same token {tokens[-1]}")
+        ids.append(tokens[-1])
+    return tuple(ids)
