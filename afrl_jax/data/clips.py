@@ -1,0 +1,155 @@
+"""The built-in world `clips`: an endless, deterministic set of judged pairs of queries and short videos.
+
+Query number i of (seed, split) is drawn from its own random stream, so any group can be made alone. A pair is built for
+the rule that is to decide it: a clip that meets the query is given the miss which the rule speaks of (and, as in life,
+at times a second one), and is kept when the judge agrees. Three ideas of a fair test are built in: splits share no
+intent; some (topic or series, rule) combinations never occur in training; and rare rules are as rare as
+`NATURAL_WEIGHT` makes them unless `rule_balance` evens them out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from afrl_jax.data.clips_catalogue import SERIES, TOPICS, Clip, catalogue, render_document
+from afrl_jax.data.clips_near_misses import build_clip, has_room
+from afrl_jax.data.clips_queries import SPLITS, render_query, split_intent
+from afrl_jax.data.clips_rules import NATURAL_WEIGHT, NEEDED_ATTRIBUTES, RULES, Decision, Intent, judge
+from afrl_jax.data.clips_texts import domain_texts
+from afrl_jax.schema import Explanation, Instruction, Judgment, Query, Scale
+
+# The commonest misses and plain successes: training shows these for every topic and series.
+_HEAD_RULES = frozenset(rule.number for rule in RULES if rule.text in (
+    "another series than the one named", "a topic of another category", "another topic of the same category"
+) or rule.grades == (3,))  # fmt: skip
+__all__ = [
+    "catalogue", "domain_texts", "instruction", "is_held_out", "judge", "judgments", "query_case", "query_group",
+    "render_document", "render_query",
+]  # fmt: skip
+_ENTITIES = frozenset((*TOPICS, *SERIES))
+
+
+def instruction() -> Instruction:
+    """The task, the grades 0..3 and the rulebook."""
+    scale = Scale(("0", "1", "2", "3"), ("irrelevant", "related", "nearly right", "just right"))
+    return Instruction("grade how well the clip answers the query; the first rule that applies decides", scale, RULES)
+
+
+@functools.cache
+def _combination_held_out(entity: str, rule: int) -> bool:
+    return entity in _ENTITIES and rule not in _HEAD_RULES and zlib.crc32(f"{entity}/{rule}".encode()) % 10 == 0
+
+
+def is_held_out(judgment: Judgment) -> bool:
+    """Whether training never shows this combination of the query's topic or series and the deciding rule."""
+    if judgment.explanation is None:
+        raise ValueError(
+            f"judgment of {judgment.query.query_id!r} has no explanation, so its topic and rule are not known"
+        )
+    entities = (need.removeprefix("topic ").removeprefix("series ") for need in judgment.explanation.need)
+    return any(_combination_held_out(entity, judgment.explanation.rule) for entity in entities if entity in _ENTITIES)
+
+
+@functools.cache
+def _rule_bounds(attributes: frozenset[str], rule_balance: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The rules that a query naming these attributes can meet, and the cumulated weights of drawing them."""
+    numbers = tuple(rule.number for rule in RULES if has_room(rule.number, attributes))
+    natural = np.array([NATURAL_WEIGHT[number] for number in numbers])
+    weights = (1 - rule_balance) * natural / natural.sum() + rule_balance / len(numbers)
+    return numbers, tuple(np.cumsum(weights) / weights.sum())
+
+
+def _draw_rule(rng: np.random.Generator, intent: Intent, rule_balance: float) -> int:
+    numbers, bounds = _rule_bounds(intent.attributes, rule_balance)
+    return numbers[min(bisect.bisect_right(bounds, rng.random()), len(numbers) - 1)]
+
+
+def _stream(seed: int, split: str, index: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1 + SPLITS.index(split), index))))
+
+
+def _decided_clips(
+    rng: np.random.Generator, split: str, intent: Intent, focus: int | None, difficulty: float, rule_balance: float
+) -> Iterator[tuple[Clip, Decision]]:
+    """Clips for one query without end; with a focus rule most of them are decided by it."""
+    while True:
+        rule = focus if focus and rng.random() < 0.8 * rule_balance else _draw_rule(rng, intent, rule_balance)
+        if split == "train" and _combination_held_out(intent.entity, rule):
+            continue
+        clip = build_clip(rng, intent, rule, difficulty)
+        if clip is not None:
+            yield clip, judge(intent, clip)
+
+
+def query_case(
+    seed: int, split: str, index: int, documents: int, *, difficulty: float = 1.0, rule_balance: float = 0.0
+) -> tuple[Intent, str, list[tuple[Clip, Decision]]]:
+    """The structured form of query number `index`: its intent, its text, and `documents` clips with their decisions."""
+    rng = _stream(seed, split, index)
+    balanced = rng.random() < rule_balance
+    focus = int(rng.random() * len(RULES)) + 1 if balanced else None
+    while True:
+        intent = split_intent(rng, split, NEEDED_ATTRIBUTES[focus] if focus else frozenset(), difficulty)
+        if focus is None or _reachable(rng, split, intent, focus, difficulty):
+            break
+    text = render_query(intent, rng, difficulty)
+    pairs = _decided_clips(rng, split, intent, focus, difficulty, rule_balance)
+    return intent, text, list(itertools.islice(pairs, documents))
+
+
+def _reachable(rng: np.random.Generator, split: str, intent: Intent, rule: int, difficulty: float) -> bool:
+    if split == "train" and _combination_held_out(intent.entity, rule):
+        return False
+    return build_clip(rng, intent, rule, difficulty) is not None
+
+
+def query_group(
+    seed: int, split: str, index: int, documents_per_query: int, *, difficulty: float = 1.0, rule_balance: float = 0.0
+) -> list[Judgment]:
+    """The judgments of query number `index` of (seed, split), which depend on no other query.
+
+    Args:
+      difficulty: in [0, 1]; scales added constraints, misspellings and second misses. 1 is the natural mix.
+      rule_balance: in [0, 1]; 0 draws rules as often as they occur naturally, 1 about equally.
+    """
+    if not (0 <= difficulty <= 1 and 0 <= rule_balance <= 1):
+        raise ValueError(f"difficulty and rule_balance lie in [0, 1]; got {difficulty} and {rule_balance}")
+    intent, text, pairs = query_case(
+        seed, split, index, documents_per_query, difficulty=difficulty, rule_balance=rule_balance
+    )
+    query = Query(f"{split}-{seed}-{index}", text)
+    need = tuple(constraint.need for constraint in intent.constraints)
+    return [
+        Judgment(
+            query=query,
+            document=render_document(clip, f"{query.query_id}-{place}"),
+            grade=decision.grade,
+            explanation=Explanation(need, decision.facts, decision.verdicts, decision.rule),
+            rules=decision.agreeing,
+        )
+        for place, (clip, decision) in enumerate(pairs)
+    ]
+
+
+def judgments(
+    seed: int,
+    split: str,
+    queries: int,
+    documents_per_query: int,
+    *,
+    difficulty: float = 1.0,
+    rule_balance: float = 0.0,
+) -> Iterator[Judgment]:
+    """Judgments of the first `queries` queries of (seed, split), those of one query together; see `query_group`."""
+    for index in range(queries):
+        yield from query_group(
+            seed, split, index, documents_per_query, difficulty=difficulty, rule_balance=rule_balance
+        )
