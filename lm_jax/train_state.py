@@ -1,0 +1,104 @@
+"""What a stage trains, and the one jitted step that every objective shares."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm_jax import token_loss
+from lm_jax.config import DecoderConfig
+from lm_jax.decoder import Decoder
+from lm_jax.parameters import Parameters, shardings
+from sharding.rules import constrain
+
+
+@struct.dataclass
+class TrainState:
+    """Step count, float32 master parameters and optimizer state: what a checkpoint holds."""
+
+    step: jax.Array
+    parameters: Parameters
+    optimizer: optax.OptState
+
+
+Step = Callable[[TrainState, Mapping[str, Any], Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def create(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0; the optimizer's moments take the parameters' shardings."""
+    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters))
+
+
+def make_step(
+    config: DecoderConfig,
+    objective: token_loss.Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_ids: tuple[int, ...],
+    micro_batches: int = 1,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Step:
+    """The jitted train step of an objective: (state, batch, coefficients) -> (state, metrics).
+
+    The batch's rows are split into `micro_batches` that run one after the other; sums and gradients are accumulated and
+    divided once, so their number changes memory and nothing else. The state is donated.
+    """
+
+    def gradients(parameters: Parameters, batch, coefficients):
+        denominators = objective.denominators(batch)
+
+        def loss(parameters, rows):
+            decoder = Decoder(config, parameters, dtype=dtype, remat=remat)
+            sums, metrics = objective.sums(token_loss.outputs(decoder, rows, label_ids), rows)
+            return token_loss.combine(sums, denominators, coefficients), sums | metrics
+
+        grad = jax.grad(loss, has_aux=True)
+        if micro_batches == 1:
+            gradient, sums = grad(parameters, batch)
+        else:
+
+            def accumulate(total, rows):
+                rows = {name: constrain(x, ("batch",) + (None,) * (x.ndim - 1)) for name, x in rows.items()}
+                return jax.tree.map(jnp.add, total, grad(parameters, rows)), None
+
+            rows = {
+                name: x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+                for name, x in batch.items()
+            }
+            shapes = jax.eval_shape(grad, parameters, jax.tree.map(lambda x: x[0], rows))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (gradient, sums), _ = jax.lax.scan(accumulate, zeros, rows)
+        means = {name: token_loss.ratio(total, denominators[name]) for name, total in sums.items()}
+        means["loss"] = token_loss.combine({name: sums[name] for name in coefficients}, denominators, coefficients)
+        return gradient, means
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch, coefficients):
+        gradient, metrics = gradients(state.parameters, batch, coefficients)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics["grad_norm"] = optax.global_norm(gradient)
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    step.gradients = jax.jit(gradients)  # for tests: the gradient and means of a batch, without an update
+    return step
+
+
+def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
+    """Split a host batch over the mesh's batch axes (as it is, where there is no mesh)."""
+    if mesh is None:
+        return batch
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+
+
+def place_parameters(parameters: Parameters, config: DecoderConfig, mesh: Mesh | None) -> Parameters:
+    """Move parameters to their shardings."""
+    return parameters if mesh is None else jax.device_put(parameters, shardings(config, mesh))
