@@ -195,6 +195,22 @@ __all__ = [name for name in globals() if not name.startswith("_")]
 }
 
 
+def run_beside_namesake(folder: pathlib.Path, version: str | None, code: str, *arguments: str):
+    """Runs code with our packages first on the path and the other library, in that version if any, installed behind."""
+    if version is not None:
+        metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
+        for name, text in (NAMESAKE | {f"kernels-{version}.dist-info/METADATA": metadata}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(folder)])},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("version", "use"),
     [(None, "ignored"), ("0.1.0", "ignored"), (KERNELS_MIN_VERSION, "used")],
@@ -204,32 +220,20 @@ def test_transformers_builds_models_beside_our_kernels(tmp_path, version, use):
     """transformers looks up the distribution `kernels`, then imports from the package of that name: ours."""
     if version is None and any(normalized(d.name) == "kernels" for d in importlib.metadata.distributions()):
         pytest.skip("the library is installed here: its absence cannot be tested")
-    if version is not None:
-        metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
-        for name, text in (NAMESAKE | {f"kernels-{version}.dist-info/METADATA": metadata}).items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-    build = subprocess.run(
-        [sys.executable, "-c", BUILD_TWO_MODELS, str(REPOSITORY), use],
-        cwd=tmp_path.parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])},
-        capture_output=True,
-        text=True,
-    )
+    build = run_beside_namesake(tmp_path, version, BUILD_TWO_MODELS, str(REPOSITORY), use)
     assert build.returncode == 0, build.stderr
 
 
 def test_the_namesake_is_not_run_before_it_is_asked_for(tmp_path):
     """Our own folders are imported without it, so training and scoring never pay for it or for the torch it needs."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('the namesake ran')\n")
-    check = "from kernels import token_logprobs; import kernels; print(kernels.__path__[-1])\nfrom kernels import Mode"
-    run = subprocess.run(
-        [sys.executable, "-c", check],
-        cwd=tmp_path.parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == str(tmp_path / "kernels"), run.stderr
-    assert "the namesake ran" in run.stderr
+    code = """if True:
+        import sys
+        from kernels import token_logprobs
+        assert "kernels.layer" not in sys.modules
+        from kernels import Mode
+        assert Mode is sys.modules["kernels.layer"].Mode
+        import kernels
+        assert not hasattr(kernels, "absent")
+    """
+    run = run_beside_namesake(tmp_path, KERNELS_MIN_VERSION, code)
+    assert run.returncode == 0, run.stderr
