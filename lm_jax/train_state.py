@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,11 @@ class TrainState:
     optimizer: optax.OptState
 
 
-Step = Callable[[TrainState, Mapping[str, Any], Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+class Step(NamedTuple):
+    """A train step's two jitted functions."""
+
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, coefficients); donates the state
+    gradients: Callable[..., tuple[Parameters, dict[str, jax.Array]]]  # (parameters, batch, coefficients); no update
 
 
 def create(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
@@ -46,7 +50,7 @@ def make_step(
     dtype: str = "float32",
     remat: str = "none",
 ) -> Step:
-    """The jitted train step of an objective: (state, batch, coefficients) -> (state, metrics).
+    """The jitted train step of an objective: `update(state, batch, coefficients)` -> (state, metrics).
 
     The batch's rows are split into `micro_batches` that run one after the other; sums and gradients are accumulated and
     divided once, so their number changes memory and nothing else. The state is donated.
@@ -81,15 +85,14 @@ def make_step(
         return gradient, means
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch, coefficients):
+    def update(state: TrainState, batch, coefficients):
         gradient, metrics = gradients(state.parameters, batch, coefficients)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         metrics["grad_norm"] = optax.global_norm(gradient)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
-    step.gradients = jax.jit(gradients)  # for tests: the gradient and means of a batch, without an update
-    return step
+    return Step(update, jax.jit(gradients))
 
 
 def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:

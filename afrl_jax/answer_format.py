@@ -1,0 +1,204 @@
+"""The answer-first format: prompt, gold answer, strict parser, and their tokens.
+
+Prompt: the instruction (task, scale, numbered rules) and the query come first, the document last, so candidates of one query share
+a prefix. The answer's first token is the grade; the explanation follows, one line a segment:
+
+    grade how well the clip answers the query     |  2
+    0 irrelevant, 1 related, 2 nearly right ...   |  Need: topic robots; under 20 minutes
+    Query: robots under 20 minutes                |  Doc: robots; 24 minutes
+    Document: robots interview                    |  Match: met; violated
+    minutes: 24                                   |  Rule: 25
+    Grade: _                                      |  Verdict: 2
+
+The answer-first order for relevance is also that of TaoSR1 (arXiv 2508.12365). The decoder is causal, so the grade cannot see the
+explanation: `P(grade)` is read at one position after one prefill, and never changes when an explanation is asked for.
+
+The three parts of a prompt (up to the query, the document, the slot) are tokenized apart and joined as token ids: that *defines* the
+prompt, and makes the shared prefix exact. Every part begins and ends at a line, where tokenizers split anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from afrl_jax.schema import Document, Explanation, Instruction, Judgment, Match, Query
+from lm_jax.tokenizer import Tokenizer, label_token_ids
+
+# Segments of an answer, in order; a generated token belongs to the segment of its line.
+SEGMENTS = ("label", "match", "rule", "consistency")
+LABEL, MATCH, RULE, CONSISTENCY = range(len(SEGMENTS))
+_KEYS = ("Need", "Doc", "Match", "Rule", "Verdict")
+_SEGMENT_OF_LINE = np.array([LABEL, MATCH, MATCH, MATCH, RULE, CONSISTENCY], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The fixed strings of a prompt. Travels with a model, in relevance.json, under its checksum."""
+
+    query: str = "\nQuery: "
+    context: str = "\nContext: "
+    document: str = "\nDocument: "
+    slot: str = "\nGrade: "
+
+    @property
+    def checksum(self) -> str:
+        """First 16 hex digits of the SHA-256 of the template's canonical JSON."""
+        text = json.dumps([1, dataclasses.asdict(self), _KEYS], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """A well-formed answer: the label's index on the scale, the explanation, and the verdict's index."""
+
+    label: int
+    explanation: Explanation
+    verdict: int
+
+
+def one_line(text: str) -> str:
+    """Runs of white space become one blank."""
+    return " ".join(text.split())
+
+
+def render_instruction(instruction: Instruction) -> str:
+    """Task, scale and rules as the head of a prompt."""
+    scale = instruction.scale
+    grades = [f"{label} {meaning}" for label, meaning in zip(scale.labels, scale.meanings, strict=True)] if scale.meanings else list(scale.labels)
+    rules = [f"{rule.number}. {rule.text}" for rule in instruction.rules]
+    return "\n".join([instruction.task, ", ".join(grades), *rules])
+
+
+def render_document(document: Document) -> str:
+    """Title, text and fields, a line each; what is empty is left out."""
+    lines = [one_line(document.title), one_line(document.text)]
+    lines += [f"{name}: {one_line(value)}" for name, value in document.fields.items() if value]
+    return "\n".join(line for line in lines if line)
+
+
+def render_explanation(explanation: Explanation, verdict: str) -> str:
+    """The answer after its label."""
+    values = (
+        "; ".join(explanation.need),
+        "; ".join(explanation.facts),
+        "; ".join(explanation.verdicts),
+        str(explanation.rule),
+        verdict,
+    )
+    return "".join(f"\n{key}: {value}" for key, value in zip(_KEYS, values, strict=True))
+
+
+def parse_answer(text: str, labels: Sequence[str]) -> Parsed | None:
+    """Read an answer strictly; None for anything but exactly this format (`text` without the end-of-text token)."""
+    lines = text.split("\n")
+    if len(lines) != 1 + len(_KEYS) or lines[0] not in labels:
+        return None
+    values = []
+    for key, line in zip(_KEYS, lines[1:], strict=True):
+        if not line.startswith(f"{key}: "):
+            return None
+        values.append(line[len(key) + 2 :])
+    need, facts, verdicts = (tuple(value.split("; ")) for value in values[:3])
+    rule, verdict = values[3:]
+    if verdict not in labels or not (rule.isascii() and rule.isdigit()) or str(int(rule)) != rule:
+        return None
+    try:
+        explanation = Explanation(need, facts, tuple(Match(word) for word in verdicts), int(rule))
+    except ValueError:
+        return None
+    return Parsed(labels.index(lines[0]), explanation, labels.index(verdict))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTokens:
+    """A prompt in its parts; `prefix` is the same array for all documents of a query under one instruction."""
+
+    prefix: np.ndarray
+    document: np.ndarray  # truncated, with the slot after it
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.concatenate([self.prefix, self.document])
+
+
+class AnswerFormat:
+    """Template, instruction and tokenizer together: judgments to tokens, and tokens to answers.
+
+    Args:
+        max_document_tokens: documents are cut to so many tokens; instruction, query and slot never are.
+        show_rules: whether the prompt lists the numbered rules (a small model learns them instead of reading them).
+
+    Raises:
+        ValueError: a label that is not a single token after the slot.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        instruction: Instruction,
+        *,
+        template: Template | None = None,
+        max_document_tokens: int = 256,
+        show_rules: bool = True,
+    ):
+        self.tokenizer, self.instruction, self.template = tokenizer, instruction, template or Template()
+        self.max_document_tokens, self.show_rules = max_document_tokens, show_rules
+        self.labels = instruction.scale.labels
+        self.label_ids = label_token_ids(tokenizer, self.template.slot, self.labels)
+        shown = instruction if show_rules else dataclasses.replace(instruction, rules=())
+        self._head = render_instruction(shown)
+        self._slot = np.array(tokenizer.encode(self.template.slot), np.int32)
+        self._newlines = tokenizer.newlines()
+        self._prefix_tokens = functools.lru_cache(maxsize=4096)(self._encode_prefix)
+
+    def prefix_text(self, query: Query) -> str:
+        """Instruction and query."""
+        context = f"{self.template.context}{one_line(query.context)}" if query.context else ""
+        return f"{self._head}{self.template.query}{one_line(query.text)}{context}"
+
+    def document_text(self, document: Document) -> str:
+        """The document part, before truncation."""
+        return f"{self.template.document}{render_document(document)}"
+
+    def encode_prompts(self, pairs: Sequence[tuple[Query, Document]]) -> list[PromptTokens]:
+        """Tokens of prompts, the last of which predicts the label."""
+        documents = self.tokenizer.encode_batch([self.document_text(document) for _, document in pairs])
+        return [
+            PromptTokens(
+                self._prefix_tokens(query),
+                np.concatenate([np.array(document[: self.max_document_tokens], np.int32), self._slot]),
+            )
+            for (query, _), document in zip(pairs, documents, strict=True)
+        ]
+
+    def encode_answer(self, judgment: Judgment) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, segments) of the gold answer; the label alone where the judgment has no explanation."""
+        label = self.label_ids[judgment.grade]
+        if judgment.explanation is None:
+            return np.array([label], np.int32), np.array([LABEL], np.int32)
+        text = render_explanation(judgment.explanation, self.labels[judgment.grade])
+        tokens = np.array([label, *self.tokenizer.encode(text), self.tokenizer.eos], np.int32)
+        return tokens, self.segments(tokens)
+
+    def segments(self, tokens: np.ndarray) -> np.ndarray:
+        """The segment of each answer token [..., A], by the line it stands on; the first token is always the label."""
+        line = np.cumsum(self._newlines[tokens], axis=-1)
+        line[..., 1:] = np.maximum(line[..., 1:], 1)
+        line[..., 0] = 0
+        return _SEGMENT_OF_LINE[np.minimum(line, len(_SEGMENT_OF_LINE) - 1)]
+
+    def parse(self, tokens: np.ndarray) -> Parsed | None:
+        """Read generated tokens, end-of-text included; None where the answer is malformed or was cut off."""
+        if len(tokens) == 0 or tokens[-1] != self.tokenizer.eos or tokens[0] not in self.label_ids:
+            return None
+        label = self.labels[self.label_ids.index(tokens[0])]
+        return parse_answer(label + self.tokenizer.decode(tokens[1:-1].tolist()), self.labels)
+
+    def _encode_prefix(self, query: Query) -> np.ndarray:
+        return np.array(self.tokenizer.encode(self.prefix_text(query)), np.int32)

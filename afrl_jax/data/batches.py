@@ -1,0 +1,121 @@
+"""From judgments to grain pipelines of packed rows: tokenized once, random access, resumed by their step number alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from afrl_jax.answer_format import LABEL, AnswerFormat
+from afrl_jax.schema import Judgment
+from lm_jax.rows import Batch, Branch, Group, RowShape, plan_rows, render_row, stack
+from lm_jax.tokenizer import Tokenizer
+
+# What supervised rows carry besides tokens: see afrl_jax.sft.
+SFT_VALUES = ("label_weight", "explanation_weight")
+
+
+def by_query(judgments: Iterable[Judgment]) -> list[list[Judgment]]:
+    """Judgments grouped by query, queries and documents in the order they come."""
+    groups: dict[str, list[Judgment]] = {}
+    for judgment in judgments:
+        groups.setdefault(judgment.query.query_id, []).append(judgment)
+    return list(groups.values())
+
+
+def balanced_weights(judgments: Sequence[Judgment], grades: int, power: float) -> np.ndarray:
+    """Weight of each judgment: its own times (frequency of its grade) ** -power, scaled to mean 1.
+
+    power 0 leaves the natural mix, .5 is the square-root balance, 1 weighs every grade the same.
+    """
+    grade = np.array([judgment.grade for judgment in judgments])
+    share = np.maximum(np.bincount(grade, minlength=grades), 1) / len(grade)
+    weight = share[grade] ** -power * np.array([judgment.weight for judgment in judgments])
+    return weight / weight.mean()
+
+
+def label_values(judgment: Judgment, grades: int, weight: float) -> dict[str, np.ndarray | float]:
+    """What the label slot of a judged pair carries: its unit in the denominator and the gold grade, one-hot."""
+    return {"label_unit": weight, "label_gold": np.eye(grades, dtype=np.float32)[judgment.grade]}
+
+
+def answer_branch(format: AnswerFormat, judgment: Judgment, document: np.ndarray, weight: float) -> Branch:
+    """Document, slot and gold answer as a branch of the query's trunk; the last answer token is only predicted."""
+    tokens, segments = format.encode_answer(judgment)
+    is_label = (segments == LABEL).astype(np.float32)
+    return Branch(
+        inputs=np.concatenate([document, tokens[:-1]]),
+        targets=tokens,
+        segments=segments,
+        token_values={"label_weight": weight * is_label, "explanation_weight": weight * (1 - is_label)},
+        label_values=label_values(judgment, len(format.labels), weight),
+    )
+
+
+def judgment_groups(
+    format: AnswerFormat, judgments: Sequence[Judgment], weights: Sequence[float] | None = None
+) -> list[Group]:
+    """One group a query: instruction and query as trunk, a branch for each judged document."""
+    weights = [judgment.weight for judgment in judgments] if weights is None else weights
+    prompts = format.encode_prompts([(judgment.query, judgment.document) for judgment in judgments])
+    rows = sorted(zip(judgments, prompts, weights, strict=True), key=lambda row: row[0].query.query_id)
+    return [
+        Group(group[0][1].prefix, [answer_branch(format, j, prompt.document, float(w)) for j, prompt, w in group])
+        for _, group in ((k, list(g)) for k, g in itertools.groupby(rows, key=lambda row: row[0].query.query_id))
+    ]
+
+
+def text_groups(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Group]:
+    """Domain texts for the language-modelling stage: no trunk, every token but the first is predicted."""
+    groups = []
+    for tokens in tokenizer.encode_batch(list(texts)):
+        ids = np.array([*tokens, tokenizer.eos], np.int32)
+        ones = np.ones(len(ids) - 1, np.float32)
+        branch = Branch(ids[:-1], ids[1:], np.full(len(ids) - 1, LABEL + 1, np.int32), {"explanation_weight": ones})
+        groups.append(Group(np.zeros(0, np.int32), [branch]))
+    return groups
+
+
+def sft_row_shape(groups: Sequence[Group], tokens: int, grades: int) -> RowShape:
+    """A row of `tokens` with room for the targets and label slots of the densest rows these groups can make."""
+    branches = [branch for group in groups for branch in group.branches]
+    density = max(len(branch.targets) / len(branch.inputs) for branch in branches)
+    labels = max(1.0 / len(branch.inputs) if branch.label_values is not None else 0.0 for branch in branches)
+    return RowShape(
+        tokens=tokens,
+        targets=min(tokens, -(-int(np.ceil(density * tokens)) // 16) * 16),
+        labels=max(1, int(np.ceil(labels * tokens))),
+        token_values=SFT_VALUES,
+        label_values=(("label_unit", ()), ("label_gold", (grades,))),
+    )
+
+
+def row_batches(
+    sources: Sequence[tuple[Sequence[Group], float]],
+    shape: RowShape,
+    *,
+    rows: int,
+    branches_together: int,
+    seed: int,
+) -> grain.MapDataset:
+    """An endless, shuffled dataset of batches: element i is the batch of step i, whatever was read before.
+
+    Args:
+        sources: groups with their share of the rows in the mixture.
+        rows: rows a batch.
+    """
+    datasets = []
+    for number, (groups, _) in enumerate(sources):
+        plan = plan_rows(groups, shape, branches_together=branches_together, seed=seed + number)
+        render: Callable[[list], Batch] = lambda row, groups=groups: render_row(groups, row, shape)
+        datasets.append(grain.MapDataset.source(plan).seed(seed + number).shuffle().repeat().map(render))
+    mixed = grain.MapDataset.mix(datasets, [share for _, share in sources]) if len(datasets) > 1 else datasets[0]
+    return mixed.batch(rows, batch_fn=stack)
+
+
+def from_step(dataset: grain.MapDataset, step: int) -> Iterable[Mapping[str, np.ndarray]]:
+    """Batches from `step` on, read ahead in the background."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(dataset[step:].to_iter_dataset(options))

@@ -1,0 +1,96 @@
+"""What a run tells while it runs: log.jsonl and TensorBoard events for programs, a progress line for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+Item = TypeVar("Item")
+console = rich.console.Console(stderr=True, highlight=False)
+
+
+class RunLog:
+    """Appends one record a step to `workdir`/log.jsonl and to TensorBoard events in `workdir`/tensorboard."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "log.jsonl"
+        self._events = SummaryWriter(str(workdir / "tensorboard"))
+
+    def resume(self, stage: str, step: int) -> None:
+        """Forget records of `stage` from `step` on and any half-written line: they will be written again."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line a kill cut short
+            if record["stage"] != stage or record["step"] < step:
+                kept.append(line + "\n")
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """One record; numbers that are not finite become null."""
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush the events."""
+        self._events.close()
+
+
+def say(message: str) -> None:
+    """A line for the person who watches."""
+    console.print(message, markup=False)
+
+
+def progress(items: Iterable[Item], title: str, total: int, start: int = 0, every: float = 30.0) -> Iterator[Item]:
+    """Go through `items` with a progress bar and ETA; where nobody watches, one plain line every `every` seconds."""
+    if sys.stderr.isatty():
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+        )
+        with rich.progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total, completed=start, note="")
+            for item in items:
+                yield item
+                bar.update(task, advance=1, note=_note)
+        return
+    began = told = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - told > every:
+            left = (now - began) / count * (total - start - count)
+            say(f"{title}: {start + count}/{total}, {left:.0f} s left  {_note}")
+            told = now
+
+
+_note = ""
+
+
+def set_note(note: str) -> None:
+    """What the progress line says at its end: the figures of the last step."""
+    global _note
+    _note = note

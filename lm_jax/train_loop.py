@@ -1,0 +1,89 @@
+"""The loop that every training stage runs: step, log one step late, checkpoint, resume to the same bits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm_jax import run_log
+from lm_jax.checkpoint import Checkpoints
+from lm_jax.train_state import Step, TrainState, place_batch
+
+# (state, step number) -> (batch of rows, metrics known already on the host)
+BatchAt = Callable[[TrainState, int], tuple[Mapping[str, Any], Mapping[str, float]]]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+def fit(
+    *,
+    stage: str,
+    state: TrainState,
+    step: Step,
+    batch_at: BatchAt,
+    coefficients: Callable[[int], Mapping[str, float]],
+    steps: int,
+    folder: Path,
+    log: run_log.RunLog,
+    save_every: int,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Train from `state` to step `steps`, resuming from the newest checkpoint in `folder`.
+
+    Batches and coefficients are functions of the step number (and of the state, where rollouts are drawn from it), so a
+    resumed run sees what the uninterrupted one would have seen.
+
+    Raises:
+        NonFiniteLoss: names the stage, the step and the last good checkpoint.
+    """
+    checkpoints = Checkpoints(folder)
+    saved = checkpoints.latest_step()
+    if saved is not None:
+        state = checkpoints.restore(saved, state)
+        run_log.say(f"{stage}: resumed at step {saved}")
+    start = saved or 0
+    log.resume(stage, start)
+    good = saved
+    clock = time.monotonic()
+
+    def record(number: int, metrics: Mapping[str, jax.Array], host: Mapping[str, float], tokens: int) -> None:
+        nonlocal clock
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()} | dict(host)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            where = "no checkpoint yet" if good is None else f"the last good checkpoint is {folder / str(good)}"
+            raise NonFiniteLoss(
+                f"{stage}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {number}; {where}"
+            )
+        now = time.monotonic()
+        values["tokens_per_second"] = tokens / (now - clock)
+        clock = now
+        log.write(stage, number, values)
+        shown = ("loss", "reward", "first_token/accuracy", "tokens_per_second")
+        run_log.set_note("  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values))
+
+    pending = None
+    for number in run_log.progress(range(start, steps), stage, steps, start):
+        batch, host = batch_at(state, number)
+        tokens = int((batch["groups"] > 0).sum())
+        state, metrics = step.update(state, place_batch(batch, mesh), dict(coefficients(number)))
+        if pending is not None:
+            record(*pending)
+        pending = (number, metrics, host, tokens)
+        done = number + 1
+        if done % save_every == 0 and done < steps:
+            record(*pending)  # never keep a state whose loss was not looked at
+            pending = None
+            checkpoints.save(done, state)
+            good = done
+    if pending is not None:
+        record(*pending)
+    checkpoints.close()
+    return state
