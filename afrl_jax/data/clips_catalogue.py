@@ -51,7 +51,7 @@ SERIES: tuple[str, ...] = tuple(TOPIC_OF_SERIES)
 
 _CREATOR_FIRST = (
     "nora omar lucia felix greta hugo ivy jonas kira leon maya nils olga pablo rosa samir tessa viktor wanda yusuf "
-    "anna boris carla diego elena frank hanna igor julia karim lena marco nadia oscar petra ravi sofia tomas ursula vera"
+    "anna boris carla diego elena frank hanna igor julia karim lena marco nadia oscar petra ravi sofia tomas ursula zoe"
 ).split()
 _CREATOR_LAST = "lind reyes novak weber santos okafor berg haddad moreau tanaka kowalski patel".split()
 # The first name alone identifies a creator, so that a query may say "by nora".

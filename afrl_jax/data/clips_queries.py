@@ -51,7 +51,8 @@ _CATEGORY_SYNONYMS = {
 }
 _LEVEL_WORDS = {
     "beginner": (
-        ("after", "for beginners"), ("after", "for starters"), ("before", "easy"), ("before", "basic"), ("before", "beginner"),
+        ("after", "for beginners"), ("after", "for starters"),
+        ("before", "easy"), ("before", "basic"), ("before", "beginner"),
     ),
     "intermediate": (("before", "intermediate"), ("before", "medium"), ("after", "for intermediates")),
     "advanced": (("before", "advanced"), ("before", "expert"), ("before", "hard"), ("after", "for experts")),
@@ -162,7 +163,7 @@ def values(attribute: str) -> tuple[str, ...]:
 def _misspell(word: str, number: int) -> str:
     """Drop or swap inner letters; which, depends on the word's place in the list."""
     middle = len(word) // 2
-    if number % 2:
+    if number % 2 or word[middle - 1] == word[middle]:
         return word[:middle] + word[middle + 1 :]
     return word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
 
