@@ -104,15 +104,17 @@ def _is_whole(value: Any) -> bool:
 
 
 def query_row(query: Query) -> dict[str, Any]:
+    """The row of `queries` that reads back as this query."""
     return {"query_id": query.query_id, "text": query.text} | ({"context": query.context} if query.context else {})
 
 
 def document_row(document: Document) -> dict[str, Any]:
+    """The row of `documents` that reads back as this document."""
     return {"doc_id": document.doc_id, "title": document.title, "text": document.text, **document.fields}
 
 
 def judgment_row(judgment: Judgment, scale: Scale) -> dict[str, Any]:
-    """Optional columns appear only where they say something."""
+    """The row of `judgments` that reads back as this judgment, without idle columns."""
     row = {
         "query_id": judgment.query.query_id,
         "doc_id": judgment.document.doc_id,

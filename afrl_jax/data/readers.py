@@ -135,16 +135,16 @@ def read_esci(
             if (found := (row.text("product_locale"), row.text("split"))) != (locale, split):
                 others.add(found)
                 continue
-            query_id, text = row.identifier("query_id"), row.text("query")
+            query_id, text = row.identifier("query_id"), row.filled_text("query")
             first = query_rows.setdefault(query_id, _renamed(row, _EXAMPLE_FIELDS))
             if first.values["text"] != text:
                 raise row.error("query", f"{text!r}, but {first.values['text']!r} on line {first.line} for the same id")
             judgment_rows.append(_renamed(row, _EXAMPLE_FIELDS))
-    problems.raise_if_any()
     if not judgment_rows:
+        problems.raise_if_any()
         there = ", ".join(f"{found[0]} {found[1]}" for found in sorted(others))
         raise DataError([f"{examples}: no example of locale {locale!r} and split {split!r}; there are: {there}"])
-    judged = {row.values["doc_id"] for row in judgment_rows}
+    judged = {row.values.get("doc_id") for row in judgment_rows}
     document_rows = (
         _renamed(row, _PRODUCT_FIELDS, title="")
         for row in read_rows(Path(products), problems)
