@@ -136,10 +136,11 @@ def read_esci(
                 others.add(found)
                 continue
             query_id, text = row.identifier("query_id"), row.filled_text("query")
-            first = query_rows.setdefault(query_id, _renamed(row, _EXAMPLE_FIELDS))
+            renamed = _renamed(row, _EXAMPLE_FIELDS)
+            first = query_rows.setdefault(query_id, renamed)
             if first.values["text"] != text:
                 raise row.error("query", f"{text!r}, but {first.values['text']!r} on line {first.line} for the same id")
-            judgment_rows.append(_renamed(row, _EXAMPLE_FIELDS))
+            judgment_rows.append(renamed)
     if not judgment_rows:
         problems.raise_if_any()
         there = ", ".join(f"{found[0]} {found[1]}" for found in sorted(others))
