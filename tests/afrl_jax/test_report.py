@@ -19,8 +19,8 @@ def made_up(seed, sharpness=1.0, rows=120):
     judged, rng = np.random.default_rng(0), np.random.default_rng(seed)
     grade, rule, query_index = (judged.integers(0, high, rows) for high in (3, 2, 12))
     logits = rng.normal(0, 1, (rows, 3)) + sharpness * np.eye(3)[grade]
-    log_probabilities = calibration.Calibration.identity(3).apply(logits)
-    return Predictions(query_index, grade, log_probabilities, 0.5, log_probabilities**0.9, np.array([1, 4])[rule])
+    served, own = (calibration.Calibration(temperature, (0, 0, 0)).apply(logits) for temperature in (1, 0.7))
+    return Predictions(query_index, grade, served, 0.5, own, np.array([1, 4])[rule])
 
 
 def training_log():
