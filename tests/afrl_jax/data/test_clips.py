@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from afrl_jax import answer_format
 from afrl_jax.data import clips
 from afrl_jax.data.clips_catalogue import FEATURES, Clip
 from afrl_jax.data.clips_queries import (
@@ -16,8 +17,9 @@ from afrl_jax.data.clips_queries import (
     phrases,
     split_of_intent,
     values,
-)  # fmt: skip
+)
 from afrl_jax.data.clips_rules import ATTRIBUTES, RULES, Constraint, Intent
+from afrl_jax.schema import Document
 
 PAIRS = 8000
 
@@ -220,6 +222,14 @@ def test_instruction_is_short():
     instruction = clips.instruction()
     assert len(instruction.task.split()) <= 20
     assert instruction.scale.labels == ("0", "1", "2", "3")
+
+
+def test_domain_texts_show_a_clip_as_prompts_do():
+    text = next(text for text in clips.domain_texts(0, "train", 10) if text.startswith("Document: "))
+    lines = [line for line in text.split("\n") if not re.search(r"\? .*, \w+$", line)]
+    fields = dict(line.split(": ", 1) for line in lines[1:])
+    document = Document(doc_id="", title=lines[0].removeprefix("Document: "), fields=fields)
+    assert "Document: " + answer_format.render_document(document) == "\n".join(lines)
 
 
 def test_domain_texts_are_checks_and_needs_that_hold():
