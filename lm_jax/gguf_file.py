@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,6 @@ class GGUFFile(Mapping[str, np.ndarray]):
         self._reader = GGUFReader(self.path)
         self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in self._reader.tensors}
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
-        self.config = self._config()
 
     def metadata(self, key: str, default: Any = ...) -> Any:
         """The value of a metadata key.
@@ -71,7 +71,13 @@ class GGUFFile(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def _config(self) -> DecoderConfig:
+    @functools.cached_property
+    def config(self) -> DecoderConfig:
+        """The decoder's shape, from the metadata; the vocabulary's size from the embedding.
+
+        Raises:
+            ValueError: an unknown architecture, scaled rotary positions, or something missing.
+        """
         family = self.metadata("general.architecture")
         if family not in ARCHITECTURES:
             raise ValueError(f"{self.path}: unknown architecture {family!r}; known are {', '.join(ARCHITECTURES)}")
@@ -82,10 +88,12 @@ class GGUFFile(Mapping[str, np.ndarray]):
         def value(key: str, default: Any = ...) -> Any:
             return self.metadata(f"{family}.{key}", default)
 
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise ValueError(f"{self.path}: missing tensors: token_embd.weight")
         embed, heads = value("embedding_length"), value("attention.head_count")
         return DecoderConfig(
             family=family,
-            vocab_size=len(self.metadata("tokenizer.ggml.tokens")),
+            vocab_size=self.shapes["model.embed_tokens.weight"][0],
             embed=embed,
             layers=value("block_count"),
             query_heads=heads,
@@ -115,13 +123,8 @@ class GGUFFile(Mapping[str, np.ndarray]):
             )
         tokens: list[str] = self.metadata("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self.metadata("tokenizer.ggml.merges")]
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
-        )
-        if split == "qwen2":
-            tokenizer.normalizer = tokenizers.normalizers.NFC()
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokenizer = byte_level_tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges), split)
         types = self.metadata("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
         for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
             tokenizer.add_tokens(
@@ -137,6 +140,16 @@ class GGUFFile(Mapping[str, np.ndarray]):
         if template := self.metadata("tokenizer.chat_template", None):
             settings["chat_template"] = template
         return tokenizer, settings
+
+
+def byte_level_tokenizer(model: tokenizers.models.BPE, split: str) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer that first splits text as `split`, a key of PRE_TOKENIZERS, says."""
+    tokenizer = tokenizers.Tokenizer(model)
+    if split == "qwen2":
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
 
 
 def _byte_level(use_regex: bool) -> tokenizers.pre_tokenizers.PreTokenizer:

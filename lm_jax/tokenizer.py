@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lm_jax.gguf_file import PRE_TOKENIZERS, GGUFFile
+from lm_jax.gguf_file import GGUFFile, byte_level_tokenizer
 from lm_jax.source import locate
 
 PATTERNS = ("tokenizer*.json", "chat_template.jinja")
@@ -18,7 +18,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 class Tokenizer:
-    """Text to token ids and back. No special token is ever added, and no character is normalized away on decoding.
+    """Text to token ids and back. No special token is ever added.
 
     Attributes:
         bos, eos, pad: ids of the special tokens, None where there is none; without a padding token `pad` is `eos`.
@@ -87,10 +87,11 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE on texts; every digit is a token of its own. The same texts give the same tokenizer."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(PRE_TOKENIZERS["smollm"])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    """Train byte-level BPE on texts; every digit is a token of its own. The same texts give the same tokenizer.
+
+    Text is normalized (NFC) and split as Qwen does it: transformers reads any tokenizer beside a Qwen2 model so.
+    """
+    tokenizer = byte_level_tokenizer(tokenizers.models.BPE(), "qwen2")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PADDING],

@@ -226,9 +226,12 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("name", "millions"),
     # as their authors publish them: with embeddings, a tied head once
-    [("qwen3-0.6b", 596), ("qwen3-1.7b", 1721), ("qwen3-4b", 4022), ("qwen3-8b", 8191), ("qwen3-14b", 14768)]
-    + [("qwen3-32b", 32762), ("qwen2.5-0.5b", 494), ("qwen2.5-1.5b", 1544), ("qwen2.5-7b", 7616)]
-    + [("smollm2-135m", 135), ("smollm2-360m", 362), ("smollm2-1.7b", 1711)],
+    [
+        *(("qwen3-0.6b", 596), ("qwen3-1.7b", 1721), ("qwen3-4b", 4022), ("qwen3-8b", 8191)),
+        *(("qwen3-14b", 14768), ("qwen3-32b", 32762)),
+        *(("qwen2.5-0.5b", 494), ("qwen2.5-1.5b", 1544), ("qwen2.5-7b", 7616)),
+        *(("smollm2-135m", 135), ("smollm2-360m", 362), ("smollm2-1.7b", 1711)),
+    ],
 )
 def test_presets_have_the_published_size(name, millions):
     assert round(preset(name).parameter_count / 1e6) == millions
