@@ -5,6 +5,49 @@ the rule that is to decide it: a clip that meets the query is given the miss whi
 at times a second one), and is kept when the judge agrees. Three ideas of a fair test are built in: splits share no
 intent; some (topic or series, rule) combinations never occur in training; and rare rules are as rare as
 `NATURAL_WEIGHT` makes them unless `rule_balance` evens them out.
+
+Measured over the 80,000 pairs of `judgments(0, "train", 20_000, 4)`: grades 0 to 3 make up 24.4, 26.6, 22.7 and 26.4 %;
+each rule decides this share (a clip fires the rules of two different grades in 23 % of the pairs):
+
+    rule  grade  share %  text
+       1      0     0.27  asked for kids but made for adults
+       2      0     2.47  has a feature the query excludes
+       3      0     0.73  is in a language the query excludes
+       4      0     0.59  is of a kind the query excludes
+       5      0     0.22  is on a topic the query excludes
+       6      0     4.29  another series than the one named
+       7      0     0.64  only a creator is named and it is another
+       8      1     0.53  the named creator but another topic
+       9      0    15.17  a topic of another category
+      10      1    10.48  another topic of the same category
+      11      1     0.32  right series but wrong season
+      12      1     1.70  right series but wrong episode
+      13      1     3.20  a reaction or parody nobody asked for
+      14      1     1.00  a trailer nobody asked for
+      15      1     0.84  talks about the series instead of showing it
+      16      1     0.82  right topic but another creator
+      17      1     0.61  asked for the latest but over three years old
+      18      1     0.91  level off by two
+      19      1     0.53  twice too long or more
+      20      1     0.93  two or more small misses
+      21      2     0.96  wrong language but with subtitles
+      22      1     3.98  wrong language
+      23      2     3.03  a compilation that nobody asked for
+      24      2     2.97  level off by one
+      25      2     1.89  too long
+      26      2     1.01  too short
+      27      2     3.50  another kind than asked
+      28      2     0.97  asked for the latest but up to three years old
+      29      2     0.62  another year than asked
+      30      2     1.64  lacks a feature that was asked for
+      31      2     0.33  asked for adults but made for kids
+      32      1     0.74  two or more things not stated
+      33      2     0.75  season or episode not stated
+      34      2     4.97  one thing not stated
+      35      3     3.56  the very episode
+      36      3     3.21  the named creator and all else met
+      37      3     2.52  a broad wish and the category fits
+      38      3    17.08  all constraints met
 """
 
 from __future__ import annotations
