@@ -70,9 +70,9 @@ def one_line(text: str) -> str:
 def render_instruction(instruction: Instruction) -> str:
     """Task, scale and rules as the head of a prompt."""
     scale = instruction.scale
-    grades = [f"{label} {meaning}" for label, meaning in zip(scale.labels, scale.meanings, strict=True)] if scale.meanings else list(scale.labels)
+    grades = [f"{label} {meaning}" for label, meaning in zip(scale.labels, scale.meanings or ("",) * len(scale), strict=True)]
     rules = [f"{rule.number}. {rule.text}" for rule in instruction.rules]
-    return "\n".join([instruction.task, ", ".join(grades), *rules])
+    return "\n".join([instruction.task, ", ".join(grade.strip() for grade in grades), *rules])
 
 
 def render_document(document: Document) -> str:
@@ -92,6 +92,20 @@ def render_explanation(explanation: Explanation, verdict: str) -> str:
         verdict,
     )
     return "".join(f"\n{key}: {value}" for key, value in zip(_KEYS, values, strict=True))
+
+
+def plain_texts(judgment: Judgment, instruction: Instruction, *, show_rules: bool) -> list[str]:
+    """Prompt and answer of a judgment as text, to train a tokenizer on."""
+    template, labels = Template(), instruction.scale.labels
+    shown = instruction if show_rules else dataclasses.replace(instruction, rules=())
+    texts = [
+        render_instruction(shown) + template.query + one_line(judgment.query.text),
+        template.document + render_document(judgment.document),
+        template.slot + labels[judgment.grade],
+    ]
+    return texts + (
+        [render_explanation(judgment.explanation, labels[judgment.grade])] if judgment.explanation else []
+    )
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> Parsed | None:
@@ -154,7 +168,7 @@ class AnswerFormat:
         shown = instruction if show_rules else dataclasses.replace(instruction, rules=())
         self._head = render_instruction(shown)
         self._slot = np.array(tokenizer.encode(self.template.slot), np.int32)
-        self._newlines = tokenizer.newlines()
+        self._newlines = tokenizer.newlines(tokenizer.vocab_size + 1)  # its last entry stands for ids beyond the tokenizer
         self._prefix_tokens = functools.lru_cache(maxsize=4096)(self._encode_prefix)
 
     def prefix_text(self, query: Query) -> str:
@@ -188,7 +202,7 @@ class AnswerFormat:
 
     def segments(self, tokens: np.ndarray) -> np.ndarray:
         """The segment of each answer token [..., A], by the line it stands on; the first token is always the label."""
-        line = np.cumsum(self._newlines[tokens], axis=-1)
+        line = np.cumsum(self._newlines[np.minimum(tokens, self.tokenizer.vocab_size)], axis=-1)
         line[..., 1:] = np.maximum(line[..., 1:], 1)
         line[..., 0] = 0
         return _SEGMENT_OF_LINE[np.minimum(line, len(_SEGMENT_OF_LINE) - 1)]

@@ -27,8 +27,8 @@ Batch = dict[str, np.ndarray]
 class Branch:
     """Input tokens and the targets predicted at the last `len(targets)` of them.
 
-    `token_values` are floats a target ([n] each), `label_values` floats for the label slot, which is the position of the
-    first target (None: this branch has no label slot).
+    `token_values` are floats a target ([n] each), `label_values` floats for the label slot, which is the position that
+    predicts the first target, or the last input where there are no targets (None: this branch has no label slot).
     """
 
     inputs: np.ndarray
@@ -61,7 +61,9 @@ class RowShape:
 Row = list[tuple[int, tuple[int, ...]]]  # (index of a group, indices of its branches)
 
 
-def plan_rows(groups: Sequence[Group], shape: RowShape, *, branches_together: int, seed: int, open_rows: int = 16) -> list[Row]:
+def plan_rows(
+    groups: Sequence[Group], shape: RowShape, *, branches_together: int, seed: int, open_rows: int = 16
+) -> list[Row]:
     """Pack all branches of all groups into rows, first fit over a few open rows, in an order drawn from `seed`.
 
     Args:
@@ -152,7 +154,7 @@ def render_row(groups: Sequence[Group], row: Row, shape: RowShape) -> Batch:
                 arrays[name][here] = branch.token_values.get(name, 0.0)
             target += len(branch.targets)
             if branch.label_values is not None:
-                arrays["label_at"][label] = token - len(branch.targets)
+                arrays["label_at"][label] = token - max(1, len(branch.targets))
                 for name, _ in shape.label_values:
                     arrays[name][label] = branch.label_values.get(name, 0.0)
                 label += 1

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm_jax import token_loss
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
-from lm_jax.parameters import Parameters, shardings
+from lm_jax.parameters import Parameters
 from sharding.rules import constrain
 
 
@@ -95,13 +95,8 @@ def make_step(
     return Step(update, jax.jit(gradients))
 
 
-def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
-    """Split a host batch over the mesh's batch axes (as it is, where there is no mesh)."""
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Split a host batch (a tree of arrays, rows first) over the mesh's batch axes (as it is, where there is no mesh)."""
     if mesh is None:
         return batch
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-
-
-def place_parameters(parameters: Parameters, config: DecoderConfig, mesh: Mesh | None) -> Parameters:
-    """Move parameters to their shardings."""
-    return parameters if mesh is None else jax.device_put(parameters, shardings(config, mesh))

@@ -96,6 +96,12 @@ def read_weights(
     return config, {name: _read(row, tensors, places[name], dtype) for name, row in table(config).items()}
 
 
+def read_source_config(source: str | Path) -> DecoderConfig:
+    """The shape of what `read_weights` would read, without reading it."""
+    path = locate(source, ("config.json", "*.gguf"))
+    return GGUFFile(path).config if path.is_file() else read_config(path)
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """The shape that a folder's config.json describes, errors naming the folder."""
     file = folder / "config.json"

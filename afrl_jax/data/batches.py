@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grain
@@ -15,14 +14,6 @@ from lm_jax.tokenizer import Tokenizer
 
 # What supervised rows carry besides tokens: see afrl_jax.sft.
 SFT_VALUES = ("label_weight", "explanation_weight")
-
-
-def by_query(judgments: Iterable[Judgment]) -> list[list[Judgment]]:
-    """Judgments grouped by query, queries and documents in the order they come."""
-    groups: dict[str, list[Judgment]] = {}
-    for judgment in judgments:
-        groups.setdefault(judgment.query.query_id, []).append(judgment)
-    return list(groups.values())
 
 
 def balanced_weights(judgments: Sequence[Judgment], grades: int, power: float) -> np.ndarray:
@@ -41,7 +32,13 @@ def label_values(judgment: Judgment, grades: int, weight: float) -> dict[str, np
     return {"label_unit": weight, "label_gold": np.eye(grades, dtype=np.float32)[judgment.grade]}
 
 
-def answer_branch(format: AnswerFormat, judgment: Judgment, document: np.ndarray, weight: float) -> Branch:
+def answer_branch(
+    format: AnswerFormat,
+    judgment: Judgment,
+    document: np.ndarray,
+    weight: float,
+    extra_label_values: Mapping[str, np.ndarray] | None = None,
+) -> Branch:
     """Document, slot and gold answer as a branch of the query's trunk; the last answer token is only predicted."""
     tokens, segments = format.encode_answer(judgment)
     is_label = (segments == LABEL).astype(np.float32)
@@ -50,21 +47,28 @@ def answer_branch(format: AnswerFormat, judgment: Judgment, document: np.ndarray
         targets=tokens,
         segments=segments,
         token_values={"label_weight": weight * is_label, "explanation_weight": weight * (1 - is_label)},
-        label_values=label_values(judgment, len(format.labels), weight),
+        label_values=label_values(judgment, len(format.labels), weight) | dict(extra_label_values or {}),
     )
 
 
 def judgment_groups(
-    format: AnswerFormat, judgments: Sequence[Judgment], weights: Sequence[float] | None = None
+    format: AnswerFormat,
+    judgments: Sequence[Judgment],
+    weights: Sequence[float] | None = None,
+    extra_label_values: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> list[Group]:
-    """One group a query: instruction and query as trunk, a branch for each judged document."""
+    """One group a query: instruction and query as trunk, a branch for each judged document.
+
+    `weights` replace the judgments' own; `extra_label_values` are more floats for each label slot (teacher log-probs).
+    """
     weights = [judgment.weight for judgment in judgments] if weights is None else weights
+    extra = extra_label_values or [{}] * len(judgments)
     prompts = format.encode_prompts([(judgment.query, judgment.document) for judgment in judgments])
-    rows = sorted(zip(judgments, prompts, weights, strict=True), key=lambda row: row[0].query.query_id)
-    return [
-        Group(group[0][1].prefix, [answer_branch(format, j, prompt.document, float(w)) for j, prompt, w in group])
-        for _, group in ((k, list(g)) for k, g in itertools.groupby(rows, key=lambda row: row[0].query.query_id))
-    ]
+    groups: dict[bytes, Group] = {}
+    for judgment, prompt, weight, values in zip(judgments, prompts, weights, extra, strict=True):
+        group = groups.setdefault(prompt.prefix.tobytes(), Group(prompt.prefix, []))
+        group.branches.append(answer_branch(format, judgment, prompt.document, float(weight), values))
+    return list(groups.values())
 
 
 def text_groups(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Group]:

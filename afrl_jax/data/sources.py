@@ -1,0 +1,42 @@
+"""Data by name: a config's `data` maps names to sources, and this opens them.
+
+    {"format": "clips", "split": "train", "queries": 4000, "documents_per_query": 8, "rule_balance": 0.3, "difficulty": 1.0}
+    {"format": "clips_text", "split": "train", "texts": 20000}
+    {"format": "folder" | "trec" | "esci", ...}          a real data set, see afrl_jax.data.readers
+
+Any of them takes `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one folder gives disjoint parts.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from afrl_jax.data import clips
+from afrl_jax.data.readers import read_judgments
+from afrl_jax.schema import Instruction, Judgment
+
+
+def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: int) -> list[Judgment]:
+    """The judgments of a source."""
+    arguments = dict(source)
+    low, high = arguments.pop("keep", (0.0, 1.0))
+    if arguments.get("format") == "clips":
+        del arguments["format"]
+        judgments = list(clips.judgments(seed, **arguments))
+    else:
+        judgments = read_judgments(arguments, instruction.scale)
+    return [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
+
+
+def open_texts(source: Mapping[str, Any], seed: int) -> list[str]:
+    """The domain texts of a source; only clips has a generator of its own."""
+    arguments = dict(source)
+    if arguments.pop("format", None) != "clips_text":
+        raise ValueError(f"a text stage reads a source of format 'clips_text'; got {dict(source)}")
+    return list(clips.domain_texts(seed, arguments["split"], arguments["texts"]))
+
+
+def _place(query_id: str) -> float:
+    return zlib.crc32(query_id.encode()) / 2**32

@@ -1,0 +1,126 @@
+"""relevance.json: what makes a model folder a relevance model, and the golden pairs that prove it still is the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from afrl_jax.answer_format import AnswerFormat, Template
+from afrl_jax.schema import Document, Instruction, Query, Rule, Scale
+from lm_jax.source import locate
+from lm_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from afrl_jax.scoring import RelevanceModel
+
+NAME = "relevance.json"
+GOLDEN_TOLERANCE = 1e-3  # of a probability: float32 sums taken in another order differ by less than 1e-5, another model by more
+
+# For a causal model that was never trained to grade.
+DEFAULT_INSTRUCTION = Instruction(
+    "Judge how well the document answers the query.",
+    Scale(("0", "1", "2", "3"), ("irrelevant", "related", "relevant", "perfectly relevant")),
+)
+
+
+class GoldenMismatch(ValueError):
+    """A model folder does not score its golden pairs as it did when it was exported."""
+
+
+def describe(
+    model: RelevanceModel, golden: list[tuple[Query, Document]], *, figures: Mapping[str, float], **extra: Any
+) -> dict[str, Any]:
+    """The contents of relevance.json; `extra` is recorded as it is (config digest, library versions)."""
+    format = model.format
+    probabilities = model.predict_proba(golden)
+    return {
+        "format_version": 1,
+        "template": dataclasses.asdict(format.template),
+        "template_checksum": format.template.checksum,
+        "instruction": dataclasses.asdict(format.instruction),
+        "show_rules": format.show_rules,
+        "max_document_tokens": format.max_document_tokens,
+        "label_token_ids": list(format.label_ids),
+        "calibration": dataclasses.asdict(model.calibration),
+        "threshold": model.threshold,
+        "figures": dict(figures),
+        "golden": [
+            {"query": dataclasses.asdict(q), "document": dataclasses.asdict(d), "probabilities": p.tolist()}
+            for (q, d), p in zip(golden, probabilities, strict=True)
+        ],
+        **extra,
+    }
+
+
+def read(source: str | Path) -> dict[str, Any] | None:
+    """The relevance.json of a model folder or hub id, None where it has none.
+
+    Raises:
+        ValueError: the template does not have the checksum it was written with.
+    """
+    folder = locate(source, (NAME,))
+    file = folder / NAME
+    if folder.is_file() or not file.exists():
+        return None
+    description = json.loads(file.read_text(encoding="utf-8"))
+    checksum = Template(**description["template"]).checksum
+    if checksum != description["template_checksum"]:
+        raise ValueError(
+            f"{file}: template_checksum is {description['template_checksum']}, this version's template gives {checksum}: "
+            "prompts would not be those the model was trained on"
+        )
+    return description
+
+
+def make_format(description: Mapping[str, Any] | None, tokenizer: Tokenizer) -> AnswerFormat:
+    """The answer format of a relevance.json, or the default one.
+
+    Raises:
+        ValueError: the tokenizer does not give the label token ids that were recorded.
+    """
+    if description is None:
+        return AnswerFormat(tokenizer, DEFAULT_INSTRUCTION)
+    fields = description["instruction"]
+    instruction = Instruction(
+        fields["task"],
+        Scale(tuple(fields["scale"]["labels"]), tuple(fields["scale"]["meanings"])),
+        tuple(Rule(rule["number"], rule["text"], tuple(rule["grades"])) for rule in fields["rules"]),
+    )
+    format = AnswerFormat(
+        tokenizer,
+        instruction,
+        template=Template(**description["template"]),
+        max_document_tokens=description["max_document_tokens"],
+        show_rules=description["show_rules"],
+    )
+    if list(format.label_ids) != description["label_token_ids"]:
+        raise ValueError(
+            f"the tokenizer gives label token ids {list(format.label_ids)}, {NAME} records {description['label_token_ids']}"
+        )
+    return format
+
+
+def check_golden(description: Mapping[str, Any], model: RelevanceModel, source: str | Path) -> None:
+    """Re-score the golden pairs; bf16 compute is allowed its rounding.
+
+    Raises:
+        GoldenMismatch: a probability is off by more than the tolerance; names the pair and both values.
+    """
+    golden = description["golden"]
+    if not golden:
+        return
+    pairs = [(Query(**row["query"]), Document(**row["document"])) for row in golden]
+    expected = np.array([row["probabilities"] for row in golden])
+    error = np.abs(model.predict_proba(pairs) - expected)
+    tolerance = GOLDEN_TOLERANCE if model.dtype == "float32" else 0.05
+    if error.max() > tolerance:
+        worst = int(error.max(axis=1).argmax())
+        raise GoldenMismatch(
+            f"{source}: golden pair {worst} (query {pairs[worst][0].text!r}) scores off by {error[worst].max():.2g} in "
+            f"probability, more than {tolerance}: weights, tokenizer or template are not those that were exported"
+        )

@@ -1,0 +1,89 @@
+"""The folder of one run: its config, the stages that are finished and what each left. Running again continues here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_jax.checkpoint import load_tree, save_tree
+
+
+class ConfigChanged(ValueError):
+    """The workdir belongs to a run with another config."""
+
+
+class RunFolder:
+    """`workdir`/config.json, checkpoints/<stage>/ while a stage runs, stages/<stage>/ once it is finished.
+
+    Raises:
+        ConfigChanged: the folder was started with a config that differs; names every differing key with both values.
+    """
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any]):
+        self.path = workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = workdir / "config.json"
+        resolved = json.loads(json.dumps(config))
+        if file.exists():
+            before, now = _flatten(json.loads(file.read_text())), _flatten(resolved)
+            changed = [
+                f"  {key}: {before.get(key, '(absent)')!r} then, {now.get(key, '(absent)')!r} now"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key, "(absent)") != now.get(key, "(absent)")
+            ]
+            if changed:
+                raise ConfigChanged(
+                    f"{workdir} holds a run with another config; use another --workdir, or the same values:\n"
+                    + "\n".join(changed)
+                )
+        else:
+            write_atomically(file, json.dumps(resolved, indent=2) + "\n")
+
+    def checkpoints(self, stage: str) -> Path:
+        """Where the checkpoints of a running stage are."""
+        return self.path / "checkpoints" / stage
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The facts that a finished stage left (seconds, ...), None where it is not finished."""
+        file = self.path / "stages" / stage / "done.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, stage: str, facts: Mapping[str, Any], arrays: Any = None) -> None:
+        """Mark a stage finished, after writing its arrays; then drop its checkpoints."""
+        folder = self.path / "stages" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        if arrays is not None:
+            save_tree(folder / "arrays", arrays)
+        write_atomically(folder / "done.json", json.dumps(dict(facts), indent=2) + "\n")
+        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+
+    def arrays(self, stage: str, like: Any) -> Any:
+        """The arrays of a finished stage, placed as `like`."""
+        return load_tree(self.path / "stages" / stage / "arrays", like)
+
+    def once(self, stage: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The facts of a stage without arrays: `make` runs unless it is finished."""
+        facts = self.finished(stage)
+        if facts is None:
+            facts = make()
+            self.finish(stage, facts)
+        return facts
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    return flat
