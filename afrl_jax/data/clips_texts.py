@@ -1,7 +1,8 @@
 """Domain text of the built-in world, for the language-modelling stage that teaches a small model to match.
 
-Two forms, both dense in what a model can check: a clip followed by single checks with their answers, and queries
-followed by what they need. Checks use the words of queries and of explanations alike.
+Three forms, all dense in what a model can check: prompts in small, a few words of a query before a few fields of a
+clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with their
+answers; and queries followed by what they need. All use the words of queries and of explanations alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from afrl_jax.schema import Match
 
 _CHECKS_PER_TEXT = 9
 _QUERIES_PER_TEXT = 5
+_MATCHES_PER_TEXT = 4
+_FIELD_OF_ATTRIBUTE = {
+    "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
+    "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
+    "not language": "language", "level": "level", "length": "minutes", "feature": "has", "not feature": "has",
+    "audience": "for", "recency": "year", "year": "year",
+}  # fmt: skip
 
 
 def _some_constraint(rng: np.random.Generator, clip: Clip, attribute: str) -> Constraint:
@@ -30,17 +38,48 @@ def _some_constraint(rng: np.random.Generator, clip: Clip, attribute: str) -> Co
     return Constraint(attribute, pick(rng, options))
 
 
+def _wording(rng: np.random.Generator, constraint: Constraint) -> str:
+    wording = constraint.need if rng.random() < 0.3 else pick(rng, phrases(constraint))[1]
+    return misspell_one(wording, rng, 0.1)
+
+
+def _attributes(rng: np.random.Generator, clip: Clip, count: int) -> list[str]:
+    """Different attributes that one may ask of the clip, half of the time the topic among them."""
+    names = [name for name in ATTRIBUTES if clip.series or name not in ("season", "episode")]
+    chosen = [names[index] for index in rng.permutation(len(names))[:count]]
+    return chosen if "topic" in chosen or rng.random() < 0.7 else ["topic", *chosen[1:]]
+
+
+def _matches(rng: np.random.Generator) -> str:
+    """Prompts in small: one or two constraints, a few fields of a clip, the verdicts and then the facts behind them."""
+    lines = []
+    for _ in range(_MATCHES_PER_TEXT):
+        clip = random_clip(rng)
+        names = _attributes(rng, clip, 1 if rng.random() < 0.6 else 2)
+        constraints = [_some_constraint(rng, clip, name) for name in names]
+        document = render_document(clip)
+        fields = document.fields
+        shown = {_FIELD_OF_ATTRIBUTE[name] for name in names} | {pick(rng, tuple(fields)) for _ in range(2)}
+        found = [check(constraint, clip) for constraint in constraints]
+        lines += [
+            f"Query: {' '.join(_wording(rng, constraint) for constraint in constraints)}",
+            f"Document: {document.title}",
+            *(f"{name}: {value}" for name, value in fields.items() if name in shown),
+            f"Match: {'; '.join(verdict for _, verdict in found)}",
+            f"Doc: {'; '.join(fact for fact, _ in found)}",
+        ]
+    return "\n".join(lines)
+
+
 def _checks(rng: np.random.Generator) -> str:
     """A clip, and what it says of several constraints asked for one by one."""
     clip = random_clip(rng)
     document = render_document(clip)
     lines = [f"Document: {document.title}", *(f"{name}: {value}" for name, value in document.fields.items())]
-    names = [name for name in ATTRIBUTES if clip.series or name not in ("season", "episode")]
-    for index in rng.permutation(len(names))[:_CHECKS_PER_TEXT]:
-        constraint = _some_constraint(rng, clip, names[index])
+    for name in _attributes(rng, clip, _CHECKS_PER_TEXT):
+        constraint = _some_constraint(rng, clip, name)
         fact, verdict = check(constraint, clip)
-        wording = constraint.need if rng.random() < 0.4 else pick(rng, phrases(constraint))[1]
-        lines.append(f"{misspell_one(wording, rng, 0.1)}? {fact}, {verdict}")
+        lines.append(f"{_wording(rng, constraint)}? {fact}, {verdict}")
     return "\n".join(lines)
 
 
@@ -57,12 +96,13 @@ def _needs(rng: np.random.Generator, split: str) -> str:
 def domain_texts(seed: int, split: str, count: int) -> Iterator[str]:
     """`count` texts of 60 to 110 words; text number i depends on (seed, split, i) alone.
 
-    Seven in ten are checks of a clip ("in spanish? english, violated"), the others queries with what they need, drawn
-    from the intents of the split.
+    Half are prompts in small, three in ten checks of a clip ("in spanish? english, violated"), the others queries with
+    what they need, drawn from the intents of the split.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
     for index in range(count):
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
-        yield _checks(rng) if rng.random() < 0.7 else _needs(rng, split)
+        form = rng.random()
+        yield _matches(rng) if form < 0.5 else _checks(rng) if form < 0.8 else _needs(rng, split)

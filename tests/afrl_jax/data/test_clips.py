@@ -237,12 +237,21 @@ def test_domain_texts_are_checks_and_needs_that_hold():
     assert texts == list(clips.domain_texts(0, "dev", 300)) and texts[:50] == list(clips.domain_texts(0, "dev", 50))
     assert texts != list(clips.domain_texts(1, "dev", 300))
     checks = [text for text in texts if text.startswith("Document: ")]
-    queries = [text for text in texts if text.startswith("Query: ")]
-    assert len(checks) + len(queries) == 300 and len(queries) > 50
+    queries = [text for text in texts if "\nNeed: " in text]
+    matches = [text for text in texts if "\nMatch: " in text]
+    assert len(checks) + len(queries) + len(matches) == 300 and min(map(len, (checks, queries, matches))) > 30
     for text in queries:
         for query, need in re.findall(r"Query: (.*)\nNeed: (.*)", text):
             assert "; ".join(constraint.need for constraint in read_query(query).constraints) == need
     verdicts = collections.Counter()
+    for text in matches:
+        for query, card, match, facts in re.findall(r"Query: (.*)\n([^?]*?)\nMatch: (.*)\nDoc: (.*)", text):
+            verdicts.update(match.split("; "))
+            assert [fact == "not stated" for fact in facts.split("; ")] == [
+                verdict == "unknown" for verdict in match.split("; ")
+            ]
+            if topic := re.fullmatch(r"topic (\w+)", query):
+                assert match == ("met" if f"topic: {topic[1]}," in card else "violated")
     for text in checks:
         for question, fact, verdict in re.findall(r"(.*)\? (.*), (\w+)$", text, re.MULTILINE):
             verdicts[verdict] += 1
