@@ -1,4 +1,4 @@
-"""relevance.json: what makes a model folder a relevance model, and the golden pairs that prove it still is the same one."""
+"""relevance.json: what makes a model folder a relevance model, and the golden pairs that prove it is still the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from afrl_jax.scoring import RelevanceModel
 
 NAME = "relevance.json"
-GOLDEN_TOLERANCE = 1e-3  # of a probability: float32 sums taken in another order differ by less than 1e-5, another model by more
+# Of a probability: float32 sums taken in another order differ by less than 1e-5, another model by more.
+GOLDEN_TOLERANCE = 1e-3
 
 # For a causal model that was never trained to grade.
 DEFAULT_INSTRUCTION = Instruction(
@@ -42,6 +43,7 @@ def describe(
         "format_version": 1,
         "template": dataclasses.asdict(format.template),
         "template_checksum": format.template.checksum,
+        "prompt_head": format.prefix_text(Query("", "")),  # all that stands before the query's text, for other programs
         "instruction": dataclasses.asdict(format.instruction),
         "show_rules": format.show_rules,
         "max_document_tokens": format.max_document_tokens,
@@ -71,7 +73,7 @@ def read(source: str | Path) -> dict[str, Any] | None:
     checksum = Template(**description["template"]).checksum
     if checksum != description["template_checksum"]:
         raise ValueError(
-            f"{file}: template_checksum is {description['template_checksum']}, this version's template gives {checksum}: "
+            f"{file}: template_checksum is {description['template_checksum']}, but the template gives {checksum}: "
             "prompts would not be those the model was trained on"
         )
     return description
@@ -100,7 +102,8 @@ def make_format(description: Mapping[str, Any] | None, tokenizer: Tokenizer) -> 
     )
     if list(format.label_ids) != description["label_token_ids"]:
         raise ValueError(
-            f"the tokenizer gives label token ids {list(format.label_ids)}, {NAME} records {description['label_token_ids']}"
+            f"the tokenizer gives label token ids {list(format.label_ids)}, "
+            f"{NAME} records {description['label_token_ids']}"
         )
     return format
 
