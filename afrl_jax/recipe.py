@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from afrl_jax import distill, stepwise_grpo
 from afrl_jax.answer_format import AnswerFormat, plain_texts
@@ -210,7 +211,7 @@ class Recipe:
         if isinstance(stage, RLStage):
             return self._rl(stage, config, parameters, seed)
         if isinstance(stage, TextStage):
-            groups = [(batches.text_groups(self.tokenizer, self._texts(stage.texts)), 1.0)]
+            groups = [(batches.text_groups(self.tokenizer, self._texts(stage.texts), stage.row_tokens), 1.0)]
         else:
             groups = [(self._groups(source, stage), share) for source, share in stage.mixture.items()]
         shape = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, len(self.instruction.scale))
@@ -232,7 +233,7 @@ class Recipe:
 
     def _groups(self, source: str, stage: SFTStage | DistillStage) -> list[Group]:
         if self.settings.data[source].get("format") == "clips_text":
-            return batches.text_groups(self.tokenizer, self._texts(source))
+            return batches.text_groups(self.tokenizer, self._texts(source), stage.row_tokens)
         judgments = self.judgments[source]
         weights = batches.balanced_weights(judgments, len(self.instruction.scale), stage.balance)
         extra = None
@@ -393,8 +394,10 @@ def _spread(judgments: Sequence[Judgment], count: int) -> list[tuple[Any, Any]]:
     return [(judgments[i].query, judgments[i].document) for i in places]
 
 
-def _place(like: Any, config: DecoderConfig, mesh: Any) -> Any:
+def _place(like: Parameters, config: DecoderConfig, mesh: Mesh | None) -> Parameters:
+    """The same shapes with the shardings that the parameters are to have."""
     if mesh is None:
-        return like
-    placed = shardings(config, mesh)
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in like.items()}
+        places = dict.fromkeys(like, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        places = shardings(config, mesh)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in like.items()}

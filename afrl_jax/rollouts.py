@@ -81,18 +81,23 @@ class RolloutSource:
         self.answer_tokens = settings.max_new_tokens if explained else 1
         answers = settings.group + int(settings.gated)
         grades = len(format.labels)
+        expert_groups = []
+        if settings.expert_rows and not settings.gated:
+            expert_groups = judgment_groups(format, experts)
+        sizes = [(len(group.trunk) + len(b.inputs), len(b.targets)) for group in expert_groups for b in group.branches]
+        sizes.append((longest + answers * self.answer_tokens, answers * self.answer_tokens))
+        tokens, targets = np.max(sizes, axis=0)
         self.shape = RowShape(
-            tokens=-(-(longest + answers * self.answer_tokens) // 64) * 64,
-            targets=answers * self.answer_tokens,
+            tokens=-(-int(tokens) // 64) * 64,
+            targets=int(targets),
             labels=max(8, answers),
             token_values=(*SFT_VALUES, *TOKEN_VALUES),
             label_values=(("label_unit", ()), ("label_gold", (grades,)), ("exact_unit", ()), ("label_reward", (grades,))),
         )
         self._experts = None
-        if settings.expert_rows and not settings.gated and experts:
-            groups = judgment_groups(format, experts)
+        if expert_groups:
             self._experts = row_batches(
-                [(groups, 1.0)], self.shape, rows=settings.expert_rows, branches_together=4, seed=seed
+                [(expert_groups, 1.0)], self.shape, rows=settings.expert_rows, branches_together=4, seed=seed
             )
         self._score = jax.jit(self._reference_logprobs)
 

@@ -124,6 +124,7 @@ class Settings:
     instruction: Instruction | None
     evaluation: EvaluationSettings
     title: str = ""
+    data_root: str = ""  # for configs whose paths refer to it: one override moves all data
     tokenizer: str = ""  # a source, or "train": byte-level BPE trained on the data
     vocabulary: int = 1200  # of a trained tokenizer
     show_rules: bool = True

@@ -71,14 +71,19 @@ def judgment_groups(
     return list(groups.values())
 
 
-def text_groups(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Group]:
-    """Domain texts for the language-modelling stage: no trunk, every token but the first is predicted."""
+def text_groups(tokenizer: Tokenizer, texts: Iterable[str], row_tokens: int) -> list[Group]:
+    """Domain texts for the language-modelling stage: no trunk, every token but the first is predicted.
+
+    A text longer than a row goes on in another one.
+    """
     groups = []
     for tokens in tokenizer.encode_batch(list(texts)):
         ids = np.array([*tokens, tokenizer.eos], np.int32)
-        ones = np.ones(len(ids) - 1, np.float32)
-        branch = Branch(ids[:-1], ids[1:], np.full(len(ids) - 1, LABEL + 1, np.int32), {"explanation_weight": ones})
-        groups.append(Group(np.zeros(0, np.int32), [branch]))
+        for start in range(0, len(ids) - 1, row_tokens):
+            piece = ids[start : start + row_tokens + 1]
+            ones = np.ones(len(piece) - 1, np.float32)
+            branch = Branch(piece[:-1], piece[1:], np.full(len(piece) - 1, LABEL + 1, np.int32), {"explanation_weight": ones})
+            groups.append(Group(np.zeros(0, np.int32), [branch]))
     return groups
 
 

@@ -1,0 +1,56 @@
+"""An answer-first relevance model from scratch on the built-in world of clips: nothing to download.
+
+    make quickstart
+    python -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Teacher of 2.2 million parameters, student of a quarter of that."""
+    shape = {
+        "family": "qwen3", "embed": 192, "layers": 5, "query_heads": 3, "kv_heads": 1, "head_size": 64, "ffn": 512,
+        "qk_norm": True,
+    }  # fmt: skip
+    rows = {"row_tokens": 256, "branches_together": 4, "save_every": 200}
+    clips = {"format": "clips", "documents_per_query": 8}
+    return ConfigDict(
+        {
+            "title": "AFRL quickstart: the world of clips",
+            "seed": 0,
+            "tokenizer": "train",
+            "vocabulary": 1000,
+            "show_rules": False,
+            "teacher": {"shape": shape},
+            "student": {"shape": {**shape, "embed": 128, "layers": 3, "query_heads": 2, "ffn": 320}},
+            "data": {
+                "texts": {"format": "clips_text", "split": "train", "texts": 20000},
+                "train": {**clips, "split": "train", "queries": 4000, "rule_balance": 0.3},
+                "practice": {**clips, "split": "train", "queries": 500},
+                "expert": {**clips, "split": "train", "queries": 500, "rule_balance": 1.0},
+                "calibration": {**clips, "split": "dev", "queries": 100},
+                "dev": {**clips, "split": "test", "queries": 200},
+            },
+            "stages": ("text", "sft", "rl", "student_text", "distill"),
+            "text": {"kind": "text", "texts": "texts", "steps": 1000, "rows": 8, "learning_rate": 4e-3, **rows},
+            "sft": {
+                "kind": "sft", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1000, "rows": 8, "learning_rate": 2e-3,
+                **rows,
+            },
+            "rl": {
+                "kind": "rl", "prompts_from": "practice", "experts_from": "expert", "steps": 30, "learning_rate": 2e-4,
+                "schedule": "constant", "arm": "decay", "save_every": 10,
+                "rollouts": {"prompts": 8, "group": 8, "max_new_tokens": 64, "expert_rows": 4},
+            },
+            "student_text": {
+                "kind": "text", "model": "student", "texts": "texts", "steps": 600, "rows": 8, "learning_rate": 4e-3,
+                **rows,
+            },
+            "distill": {
+                "kind": "distill", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1000, "rows": 8,
+                "learning_rate": 2e-3, **rows,
+            },
+            "evaluation": {"explained_pairs": 256, "max_new_tokens": 64},
+        }
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""The real size: Qwen3-32B is trained by a curriculum and mode-balanced RL, then distilled into Qwen3-0.6B, on a TPU pod.
+
+    python -m afrl_jax.main --config=configs/afrl_qwen3_32b_to_0_6b.py --workdir=gs://BUCKET/afrl --config.data_root=DIR
+
+Hardware: a pod slice; weights come from the Hugging Face hub. It was never run: no such hardware was at hand, so there are no times and
+no scores here. What is tested is that every stage of it traces and lowers (tests/configs/test_configs.py).
+
+`data_root` holds judgments folders (afrl_jax.data.readers): train (with explanations and rules where you have them), hard (conflicts and
+near misses), expert (a rule-stratified set of gold explanations), calibration and dev. Replace `instruction` by your own rulebook.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """S0 format, S1 single rules, S2 conflicts, S4 RL on the natural mix, distillation (OBJECTIVES: curriculum)."""
+    root = FieldReference("data")
+    sets = ("train", "hard", "expert", "calibration", "dev")
+    rows = {"rows": 128, "row_tokens": 4096, "branches_together": 8, "micro_batches": 4, "save_every": 100}
+    return ConfigDict(
+        {
+            "title": "AFRL, Qwen3-32B to Qwen3-0.6B",
+            "seed": 0,
+            "data_root": root,
+            "instruction": {
+                "task": "Judge how well the document answers the query. The first rule that applies decides.",
+                "labels": ("0", "1", "2", "3"),
+                "meanings": ("irrelevant", "related", "nearly right", "just right"),
+                "rules": (
+                    (1, "another subject than the one asked for", (0,)),
+                    (2, "right subject, but a hard constraint of the query is violated", (1,)),
+                    (3, "right subject, one constraint cannot be told from the document", (2,)),
+                    (4, "all constraints met", (3,)),
+                ),
+            },
+            "dtype": "bfloat16",
+            "remat": "full",
+            "mesh": "fsdp=16,tensor=4",
+            "max_document_tokens": 1024,
+            "teacher": {"source": "Qwen/Qwen3-32B"},
+            "student": {"source": "Qwen/Qwen3-0.6B"},
+            "data": {name: {"format": "folder", "path": root + f"/{name}"} for name in sets},
+            "stages": ("sft_rules", "sft_conflicts", "rl", "distill"),
+            "sft_rules": {
+                "kind": "sft", "mixture": {"train": 1.0}, "steps": 2000, "learning_rate": 1e-5, "balance": 0.5, **rows,
+            },
+            "sft_conflicts": {
+                "kind": "sft", "mixture": {"train": 0.5, "hard": 0.5}, "steps": 1000, "learning_rate": 5e-6,
+                "balance": 0.5, **rows,
+            },
+            "rl": {
+                "kind": "rl", "prompts_from": "train", "experts_from": "expert", "steps": 500, "learning_rate": 1e-6,
+                "schedule": "constant", "arm": "decay", "sft_weight": 0.5, "sft_weight_end": 0.02, "micro_batches": 4,
+                "save_every": 50,
+                "rollouts": {"prompts": 192, "group": 8, "max_new_tokens": 256, "mask": True, "expert_rows": 64},
+            },
+            "distill": {
+                "kind": "distill", "mixture": {"train": 0.7, "hard": 0.3}, "steps": 8000, "learning_rate": 2e-5, **rows,
+            },
+            "evaluation": {"explained_pairs": 2048, "max_new_tokens": 256},
+        }
+    )  # fmt: skip
