@@ -125,7 +125,8 @@ def _read(row: Parameter, tensors: Mapping[str, np.ndarray], place: jax.sharding
             block[position] = row.from_hugging_face(tensors[row.hugging_face.format(layer=layer)])[inner]
         return block if row.stacked else block[0]
 
-    return jax.make_array_from_callback(row.shape, place, shard)
+    # Transfers are asynchronous: without waiting, the host blocks of several parameters would be alive.
+    return jax.make_array_from_callback(row.shape, place, shard).block_until_ready()
 
 
 def _check(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:

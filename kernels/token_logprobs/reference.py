@@ -54,7 +54,8 @@ def _forward(hidden_MD, head_VD, target_M, temperature):
         logits_cV = _logits(hidden_cD, head_VD, temperature)
         normalizer_c = jax.nn.logsumexp(logits_cV, axis=-1)
         logprob_c = jnp.take_along_axis(logits_cV, target_c[:, None], axis=-1)[:, 0] - normalizer_c
-        entropy_c = normalizer_c - jnp.sum(jnp.exp(logits_cV - normalizer_c[:, None]) * logits_cV, axis=-1)
+        log_p_cV = logits_cV - normalizer_c[:, None]
+        entropy_c = -jnp.sum(jnp.exp(log_p_cV) * log_p_cV, axis=-1)
         return logprob_c, entropy_c, normalizer_c
 
     chunks = _chunks(head_VD.shape[0], hidden_MD, target_M)
