@@ -93,7 +93,8 @@ model = RelevanceModel.load(".")
 print(model.predict([("chess for kids", "Chess openings, explained to children")]))  # expected grade, in [0, 1]
 ```
 
-With transformers alone, run in this folder. A prompt is three parts, each tokenized by itself; `relevance.json` has them.
+With transformers alone, run in this folder. A prompt is three parts, each tokenized by itself; `relevance.json` has
+them.
 
 ```python
 import json, pathlib, torch, transformers

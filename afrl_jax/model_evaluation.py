@@ -1,4 +1,4 @@
-"""A model on judged pairs: its label distributions, its decoded explanations, its calibration - and nothing else of the run."""
+"""A model on judged pairs: its label distributions, its decoded explanations, its calibration."""
 
 from __future__ import annotations
 
@@ -70,29 +70,49 @@ def evaluate_model(
     Explanations are decoded for the first `explained_pairs` test pairs that have a gold one.
     """
     model = RelevanceModel(config, parameters, format, dtype=dtype)
+    model.calibration, model.threshold = calibrate(model, calibration)
+    predictions = predict_judgments(
+        model, test, explained_pairs=explained_pairs, max_new_tokens=max_new_tokens, seed=seed, title=title
+    )
+    return Evaluated(predictions, model.calibration, model.threshold)
 
-    def logprobs(judgments: Sequence[Judgment]) -> np.ndarray:
-        return model.label_logprobs([(j.query, j.document) for j in judgments], show_progress_bar=True)
 
-    fit_on = logprobs(calibration)
-    gold = np.array([judgment.grade for judgment in calibration])
-    fitted = fit_calibration(fit_on, gold)
-    threshold = fit_threshold(fitted.apply(fit_on), gold)
-    found = logprobs(test)
+def calibrate(model: RelevanceModel, judgments: Sequence[Judgment]) -> tuple[Calibration, float]:
+    """Calibration and threshold fitted on judgments, whatever the model's own are."""
+    logprobs = _label_logprobs(model, judgments)
+    gold = np.array([judgment.grade for judgment in judgments])
+    fitted = fit_calibration(logprobs, gold)
+    return fitted, fit_threshold(fitted.apply(logprobs), gold)
+
+
+def predict_judgments(
+    model: RelevanceModel,
+    judgments: Sequence[Judgment],
+    *,
+    explained_pairs: int,
+    max_new_tokens: int,
+    seed: int,
+    title: str = "evaluation",
+) -> Predictions:
+    """What the model, with its calibration and threshold, says of judged pairs; arguments as in `evaluate_model`."""
+    found = _label_logprobs(model, judgments)
     uncalibrated = Calibration.identity(found.shape[1]).apply(found)
-    query_ids = {query_id: number for number, query_id in enumerate(dict.fromkeys(j.query.query_id for j in test))}
-    rules = [judgment.rules[0] if judgment.rules else -1 for judgment in test]
-    predictions = Predictions(
-        query_index=np.array([query_ids[judgment.query.query_id] for judgment in test]),
-        grade=np.array([judgment.grade for judgment in test]),
-        probabilities=fitted.apply(found),
-        threshold=threshold,
+    query_ids = {query_id: number for number, query_id in enumerate(dict.fromkeys(j.query.query_id for j in judgments))}
+    rules = [judgment.rules[0] if judgment.rules else -1 for judgment in judgments]
+    return Predictions(
+        query_index=np.array([query_ids[judgment.query.query_id] for judgment in judgments]),
+        grade=np.array([judgment.grade for judgment in judgments]),
+        probabilities=model.calibration.apply(found),
+        threshold=model.threshold,
         uncalibrated=uncalibrated,
         rule=np.array(rules) if min(rules) >= 0 else None,
         label_samples=np.random.default_rng(seed).multinomial(SAMPLES, uncalibrated),
-        explanation=_explanations(model, test, explained_pairs, max_new_tokens, title),
+        explanation=_explanations(model, judgments, explained_pairs, max_new_tokens, title),
     )
-    return Evaluated(predictions, fitted, threshold)
+
+
+def _label_logprobs(model: RelevanceModel, judgments: Sequence[Judgment]) -> np.ndarray:
+    return model.label_logprobs([(j.query, j.document) for j in judgments], show_progress_bar=True)
 
 
 def _explanations(
