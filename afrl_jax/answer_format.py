@@ -1,7 +1,7 @@
 """The answer-first format: prompt, gold answer, strict parser, and their tokens.
 
-Prompt: the instruction (task, scale, numbered rules) and the query come first, the document last, so candidates of one query share
-a prefix. The answer's first token is the grade; the explanation follows, one line a segment:
+Prompt: the instruction (task, scale, numbered rules) and the query come first, the document last, so candidates of one
+query share a prefix. The answer's first token is the grade; the explanation follows, one line a segment:
 
     grade how well the clip answers the query     |  2
     0 irrelevant, 1 related, 2 nearly right ...   |  Need: topic robots; under 20 minutes
@@ -10,11 +10,13 @@ a prefix. The answer's first token is the grade; the explanation follows, one li
     minutes: 24                                   |  Rule: 25
     Grade: _                                      |  Verdict: 2
 
-The answer-first order for relevance is also that of TaoSR1 (arXiv 2508.12365). The decoder is causal, so the grade cannot see the
-explanation: `P(grade)` is read at one position after one prefill, and never changes when an explanation is asked for.
+The answer-first order for relevance is also that of TaoSR1 (arXiv 2508.12365). The decoder is causal, so the grade
+cannot see the explanation: `P(grade)` is read at one position after one prefill, and never changes when an explanation
+is asked for.
 
-The three parts of a prompt (up to the query, the document, the slot) are tokenized apart and joined as token ids: that *defines* the
-prompt, and makes the shared prefix exact. Every part begins and ends at a line, where tokenizers split anyway.
+The three parts of a prompt (up to the query, the document, the slot) are tokenized apart and joined as token ids: that
+*defines* the prompt, and makes the shared prefix exact. Every part begins and ends at a line, where tokenizers split
+anyway.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def one_line(text: str) -> str:
 def render_instruction(instruction: Instruction) -> str:
     """Task, scale and rules as the head of a prompt."""
     scale = instruction.scale
-    grades = [f"{label} {meaning}" for label, meaning in zip(scale.labels, scale.meanings or ("",) * len(scale), strict=True)]
+    meanings = scale.meanings or ("",) * len(scale)
+    grades = [f"{label} {meaning}" for label, meaning in zip(scale.labels, meanings, strict=True)]
     rules = [f"{rule.number}. {rule.text}" for rule in instruction.rules]
     return "\n".join([instruction.task, ", ".join(grade.strip() for grade in grades), *rules])
 
@@ -168,7 +171,8 @@ class AnswerFormat:
         shown = instruction if show_rules else dataclasses.replace(instruction, rules=())
         self._head = render_instruction(shown)
         self._slot = np.array(tokenizer.encode(self.template.slot), np.int32)
-        self._newlines = tokenizer.newlines(tokenizer.vocab_size + 1)  # its last entry stands for ids beyond the tokenizer
+        # The last entry stands for ids beyond the tokenizer.
+        self._newlines = tokenizer.newlines(tokenizer.vocab_size + 1)
         self._prefix_tokens = functools.lru_cache(maxsize=4096)(self._encode_prefix)
 
     def prefix_text(self, query: Query) -> str:
@@ -210,6 +214,8 @@ class AnswerFormat:
     def parse(self, tokens: np.ndarray) -> Parsed | None:
         """Read generated tokens, end-of-text included; None where the answer is malformed or was cut off."""
         if len(tokens) == 0 or tokens[-1] != self.tokenizer.eos or tokens[0] not in self.label_ids:
+            return None
+        if np.max(tokens) >= self.tokenizer.vocab_size:  # has no text: it would be overlooked
             return None
         label = self.labels[self.label_ids.index(tokens[0])]
         return parse_answer(label + self.tokenizer.decode(tokens[1:-1].tolist()), self.labels)

@@ -1,11 +1,11 @@
 """Distillation of the grade, from label distributions that the teacher wrote to disk once.
 
-    L = a tau^2 KL(p_T^tau || p_S^tau) over the label tokens at position 0  +  (1 - a) CE(gold)  +  b NLL(explanation | y_0)
+    L = a tau^2 KL(p_T^tau || p_S^tau) over the label tokens at position 0 + (1 - a) CE(gold) + b NLL(explanation | y_0)
 
-p^tau is softmax(log p / tau) over the label tokens (Hinton et al. 2015, arXiv 1503.02531). CE(gold) takes the teacher's most probable
-grade where a pair has no gold. What the teacher knows at position 0 is C floats a pair, so teacher and student never share memory.
-"Distil 32B into 0.6B" is AFRL's (arXiv 2602.10006); this loss is ours. `generalized_jsd` is the full-vocabulary alternative (GKD,
-arXiv 2306.13649) for explanations, used where teacher logits are at hand.
+p^tau is softmax(log p / tau) over the label tokens (Hinton et al. 2015, arXiv 1503.02531). CE(gold) takes the teacher's
+most probable grade where a pair has no gold. What the teacher knows at position 0 is C floats a pair, so teacher and
+student never share memory. "Distil 32B into 0.6B" is AFRL's (arXiv 2602.10006); this loss is ours. `generalized_jsd` is
+the full-vocabulary alternative (GKD, arXiv 2306.13649) for explanations, used where teacher logits are at hand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def generalized_jsd(
 ) -> jax.Array:
     """Generalized Jensen-Shannon divergence over the last axis (Agarwal et al. 2023, eq. 1), without a tau^2 factor.
 
-    With m = (1 - beta) p_S + beta p_T:  beta KL(p_T || m) + (1 - beta) KL(p_S || m);  beta 0 is KL(p_T || p_S), beta 1 is KL(p_S || p_T).
+    With m = (1 - beta) p_S + beta p_T:  beta KL(p_T || m) + (1 - beta) KL(p_S || m);
+    beta 0 is KL(p_T || p_S), beta 1 is KL(p_S || p_T).
     """
     student = jax.nn.log_softmax(student_logits / temperature, axis=-1)
     teacher = jax.nn.log_softmax(teacher_logits / temperature, axis=-1)

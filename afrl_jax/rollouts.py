@@ -1,6 +1,6 @@
 """Rollouts: what one step of reinforcement learning trains on - prompts, sampled answers, rewards, advantages, experts.
 
-Everything a step draws comes from (seed, stage, step, row, sample) and from the parameters, so a resumed run repeats it.
+Everything a step draws comes from (seed, stage, step, row, sample) and the parameters, so a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ from lm_jax.train_state import TrainState, place_batch
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """How rollouts are drawn and rewarded; see `afrl_jax.stepwise_grpo` for the formulas."""
+    """How rollouts are drawn and rewarded; see `afrl_jax.stepwise_grpo` for the formulas.
+
+    Answers are drawn at temperature 1: the log-probs of the train step are those of the distribution drawn from.
+    """
 
     prompts: int = 8  # a step
     group: int = 8  # answers a prompt, G
     max_new_tokens: int = 64
-    temperature: float = 1.0
     graded: bool = False  # label reward 1 - |error| / range instead of 1[right]
     label: str = "sampled"  # or "exact": the closed-form expectation
     stepwise: bool = True  # a reward a segment; False: their weighted sum, plain GRPO
@@ -79,20 +81,26 @@ class RolloutSource:
         self._prompt_tokens = -(-longest // 32) * 32
         explained = any(judgment.explanation for judgment in self.judgments)
         self.answer_tokens = settings.max_new_tokens if explained else 1
-        answers = settings.group + int(settings.gated)
+        gold = max(len(format.encode_answer(judgment)[0]) for judgment in self.judgments) if settings.gated else 0
+        answers = settings.group * self.answer_tokens + gold
         grades = len(format.labels)
         expert_groups = []
         if settings.expert_rows and not settings.gated:
             expert_groups = judgment_groups(format, experts)
         sizes = [(len(group.trunk) + len(b.inputs), len(b.targets)) for group in expert_groups for b in group.branches]
-        sizes.append((longest + answers * self.answer_tokens, answers * self.answer_tokens))
+        sizes.append((longest + answers, answers))
         tokens, targets = np.max(sizes, axis=0)
         self.shape = RowShape(
             tokens=-(-int(tokens) // 64) * 64,
             targets=int(targets),
-            labels=max(8, answers),
+            labels=max(8, settings.group),
             token_values=(*SFT_VALUES, *TOKEN_VALUES),
-            label_values=(("label_unit", ()), ("label_gold", (grades,)), ("exact_unit", ()), ("label_reward", (grades,))),
+            label_values=(
+                ("label_unit", ()),
+                ("label_gold", (grades,)),
+                ("exact_unit", ()),
+                ("label_reward", (grades,)),
+            ),
         )
         self._experts = None
         if expert_groups:
@@ -134,7 +142,6 @@ class RolloutSource:
             group=group or self.settings.group,
             max_new_tokens=self.answer_tokens,
             eos=self.format.tokenizer.eos,
-            temperature=self.settings.temperature,
             dtype=self.dtype,
         )
         return jax.device_get(drawn)
@@ -178,8 +185,8 @@ class RolloutSource:
             if settings.label == "exact":
                 advantages_GS[:, LABEL] = 0.0
             branches = rollout_branches(
-                int(prompt[-1]), tokens_GA, lengths_G, samples.logprobs[place], format.segments(tokens_GA), advantages_GS,
-                weights, per_segment=settings.stepwise,
+                int(prompt[-1]), tokens_GA, lengths_G, samples.logprobs[place], format.segments(tokens_GA),
+                advantages_GS, weights, per_segment=settings.stepwise,
             )  # fmt: skip
             if settings.label == "exact":
                 branches[0] = self._with_exact_label(branches[0], judgment)
@@ -196,9 +203,8 @@ class RolloutSource:
     def _with_exact_label(self, branch: Branch, judgment: Judgment) -> Branch:
         grades = len(self.format.labels)
         reward = [label_reward(grade, judgment.grade, grades, self.settings.graded) for grade in range(grades)]
-        return dataclasses.replace(
-            branch, label_values={"exact_unit": self.settings.weights[LABEL], "label_reward": np.array(reward)}
-        )
+        weighted = self.settings.weights[LABEL] * np.array(reward)
+        return dataclasses.replace(branch, label_values={"exact_unit": 1.0, "label_reward": weighted})
 
     def _metrics(self, rewards_PGS: np.ndarray, samples: Samples) -> dict[str, float]:
         """TRL's names for what TRL has: https://huggingface.co/docs/trl/grpo_trainer#logged-metrics."""

@@ -1,7 +1,7 @@
 """What a config may say, with types and defaults: read once, every unknown key and wrong value named, before any work.
 
-A config has the top-level keys of `Settings`. `stages` names the training stages in order; each name is a top-level key too, whose
-`kind` decides which of the stage dataclasses below reads it.
+A config has the top-level keys of `Settings`. `stages` names the training stages in order; each name is a top-level key
+too, whose `kind` decides which of the stage dataclasses below reads it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from afrl_jax.answer_format import SEGMENTS
 from afrl_jax.rollouts import RolloutSettings
 from afrl_jax.schema import Instruction, Rule, Scale
 from afrl_jax.stepwise_grpo import LAMBDA_ARMS
@@ -113,7 +114,10 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The whole config. `data` maps names to sources (`afrl_jax.data.sources`); `instruction` is for data without their own."""
+    """The whole config.
+
+    `data` maps names to sources (`afrl_jax.data.sources`); `instruction` is for data without their own.
+    """
 
     seed: int
     data: Mapping[str, Mapping[str, Any]]
@@ -142,80 +146,128 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: names the key and what would be right.
     """
-    config = dict(config)
-    names = tuple(config.get("stages", ()))
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"stage_names"}
-    _refuse_unknown(config, fields | set(names), "")
+    config = {"student": {}, "evaluation": {}, **config}
+    names = _typed(config.pop("stages", ()), tuple[str, ...], "stages")
+    instruction = _instruction(config.pop("instruction", None))
+    if not names:
+        raise ValueError("stages is empty: it names the training stages in order")
+    if len(set(names)) < len(names) or not {field.name for field in dataclasses.fields(Settings)}.isdisjoint(names):
+        raise ValueError(f"stages {', '.join(names)}: a name must be given once and not be a key with another meaning")
+    _refuse_unknown(config, {field.name for field in dataclasses.fields(Settings)} - {"stage_names"} | set(names), "")
     stages = []
     for name in names:
         if name not in config:
             raise ValueError(f"stages names {name!r}, but the config has no key {name!r}")
-        values = dict(config.pop(name))
-        kind = values.get("kind")
-        if kind not in STAGES:
-            raise ValueError(f"{name}.kind: {kind!r} is unknown; it is one of {', '.join(STAGES)}")
-        stages.append(_read(STAGES[kind], values, name))
-    for key in ("seed", "data", "teacher"):
-        if key not in config:
-            raise ValueError(f"the config has no key {key!r}")
-    settings = Settings(
-        stages=tuple(stages),
-        stage_names=names,
-        teacher=_read(ModelSettings, config.pop("teacher"), "teacher"),
-        student=_read(ModelSettings, config.pop("student", {}), "student"),
-        evaluation=_read(EvaluationSettings, config.pop("evaluation", {}), "evaluation"),
-        instruction=_instruction(config.pop("instruction", None)),
-        **{key: value for key, value in config.items() if key != "stages"},
-    )
-    _check(settings)
+        values = _typed(config.pop(name), Mapping[str, Any], name)
+        _one_of(f"{name}.kind", values.get("kind"), STAGES)
+        stages.append(_read(STAGES[values["kind"]], values, f"{name}."))
+    settings = _read(Settings, config, "", stages=tuple(stages), stage_names=names, instruction=instruction)
+    _check_models(settings)
+    for name, stage in zip(names, settings.stages, strict=True):
+        _check_stage(name, stage, settings)
     return settings
 
 
-def _check(settings: Settings) -> None:
-    def one_of(key: str, value: Any, allowed: Any) -> None:
-        if value not in allowed:
-            raise ValueError(f"{key}: {value!r} is unknown; it is one of {', '.join(map(str, allowed))}")
+def _one_of(key: str, value: Any, allowed: typing.Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: {value!r} is unknown; it is one of {', '.join(allowed)}")
 
-    one_of("dtype", settings.dtype, Settings.DTYPES)
-    one_of("remat", settings.remat, REMAT)
+
+def _at_least(least: int, prefix: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        if getattr(values, key) < least:
+            raise ValueError(f"{prefix}{key}: {getattr(values, key)} must be at least {least}")
+
+
+def _check_models(settings: Settings) -> None:
+    _one_of("dtype", settings.dtype, Settings.DTYPES)
+    _one_of("remat", settings.remat, REMAT)
     for key in ("test", "calibration"):
-        one_of(f"evaluation.{key}", getattr(settings.evaluation, key), settings.data)
-    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
-        one_of(f"{name}.model", stage.model, ("teacher", "student"))
-        one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
-        for key in ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every"):
-            if getattr(stage, key) < 1:
-                raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be at least 1")
-        used: dict[str, str] = {}
-        if isinstance(stage, TextStage):
-            used = {"texts": stage.texts}
-        elif isinstance(stage, SFTStage | DistillStage):
-            used = {f"mixture.{source}": source for source in stage.mixture}
-            if not used:
-                raise ValueError(f"{name}.mixture is empty: it maps names in `data` to their share of the rows")
-        elif isinstance(stage, RLStage):
-            used = {"prompts_from": stage.prompts_from}
-            if stage.experts_from:
-                used["experts_from"] = stage.experts_from
-            one_of(f"{name}.arm", stage.arm, LAMBDA_ARMS)
-            if stage.save_every % stage.updates:
-                raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
-            if (stage.arm == "gated") != stage.rollouts.gated:
-                raise ValueError(f"{name}: arm 'gated' and rollouts.gated go together")
-        if stage.rows % stage.micro_batches and not isinstance(stage, RLStage):
-            raise ValueError(f"{name}.rows ({stage.rows}) must be a multiple of {name}.micro_batches")
-        for key, source in used.items():
-            one_of(f"{name}.{key}", source, settings.data)
+        _one_of(f"evaluation.{key}", getattr(settings.evaluation, key), settings.data)
+    _at_least(0, "evaluation.", settings.evaluation, "explained_pairs")
+    _at_least(1, "evaluation.", settings.evaluation, "max_new_tokens", "resamples")
+    _at_least(1, "", settings, "max_document_tokens", "vocabulary")
+    trained = [stage.model for stage in settings.stages]
+    for model in ("teacher", "student"):
+        fields = dataclasses.asdict(getattr(settings, model))
+        given = [key for key, value in fields.items() if value]
+        if len(given) != 1 and (model in trained or given):
+            raise ValueError(f"{model} needs one of {', '.join(fields)}; it has {', '.join(given) or 'none'}")
+    if settings.teacher.cut:
+        raise ValueError("teacher.cut: only the student is cut, from the teacher")
+    if not settings.tokenizer and not settings.teacher.source:
+        raise ValueError('tokenizer is empty and teacher.source too: give a source, or "train"')
+    for place, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
+        if isinstance(stage, DistillStage) and ("teacher" not in trained[:place] or "teacher" in trained[place:]):
+            raise ValueError(f"{name}: distillation comes after the teacher's last stage")
 
 
-def _instruction(fields: Mapping[str, Any] | None) -> Instruction | None:
-    """{"task": ..., "labels": (...), "meanings": (...), "rules": ((number, text, (grade indices)), ...)}"""
-    if fields is None:
+def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
+    _one_of(f"{name}.model", stage.model, ("teacher", "student"))
+    _one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
+    counts = ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every")
+    _at_least(1, f"{name}.", stage, *counts)
+    for key in ("learning_rate", "clip"):
+        if getattr(stage, key) <= 0:
+            raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")
+    if not 0 <= stage.warmup <= 1:
+        raise ValueError(f"{name}.warmup: {stage.warmup} is a share of the steps, between 0 and 1")
+    used: dict[str, str] = {}
+    rows, what = stage.rows, "rows"
+    if isinstance(stage, TextStage):
+        used = {"texts": stage.texts}
+    elif isinstance(stage, SFTStage | DistillStage):
+        used = {f"mixture.{source}": source for source in stage.mixture}
+        if not used or min(stage.mixture.values()) <= 0:
+            raise ValueError(f"{name}.mixture maps names in `data` to shares above 0; it is {dict(stage.mixture)}")
+    elif isinstance(stage, RLStage):
+        used = {"prompts_from": stage.prompts_from}
+        if stage.experts_from:
+            used["experts_from"] = stage.experts_from
+        rollouts = stage.rollouts
+        rows, what = rollouts.prompts, "rollouts.prompts"
+        if not rollouts.gated:
+            rows, what = rows + rollouts.expert_rows, "rollouts.prompts + rollouts.expert_rows"
+        _check_rollouts(name, stage)
+    if rows % stage.micro_batches:
+        raise ValueError(f"{name}.{what} ({rows}) must be a multiple of {name}.micro_batches ({stage.micro_batches})")
+    for key, source in used.items():
+        _one_of(f"{name}.{key}", source, settings.data)
+
+
+def _check_rollouts(name: str, stage: RLStage) -> None:
+    rollouts = stage.rollouts
+    _one_of(f"{name}.arm", stage.arm, LAMBDA_ARMS)
+    _one_of(f"{name}.rollouts.label", rollouts.label, ("sampled", "exact"))
+    _at_least(1, f"{name}.", stage, "updates")
+    _at_least(1, f"{name}.rollouts.", rollouts, "prompts", "max_new_tokens")
+    _at_least(2, f"{name}.rollouts.", rollouts, "group")
+    _at_least(0, f"{name}.rollouts.", rollouts, "expert_rows")
+    if len(rollouts.weights) != len(SEGMENTS):
+        raise ValueError(f"{name}.rollouts.weights: {rollouts.weights} must be one of each for {', '.join(SEGMENTS)}")
+    if stage.save_every % stage.updates:
+        raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
+    if (stage.arm == "gated") != rollouts.gated:
+        raise ValueError(f"{name}: arm 'gated' and rollouts.gated go together")
+
+
+@dataclasses.dataclass(frozen=True)
+class _InstructionFields:
+    task: str
+    labels: tuple[str, ...]
+    meanings: tuple[str, ...] = ()
+    rules: tuple[tuple[int, str, tuple[int, ...]], ...] = ()  # number, text, indices of the grades it may lead to
+
+
+def _instruction(values: Any) -> Instruction | None:
+    if values is None:
         return None
-    _refuse_unknown(fields, {"task", "labels", "meanings", "rules"}, "instruction.")
-    scale = Scale(tuple(fields["labels"]), tuple(fields.get("meanings", ())))
-    rules = tuple(Rule(number, text, tuple(grades)) for number, text, grades in fields.get("rules", ()))
-    return Instruction(fields["task"], scale, rules)
+    fields = _typed(values, _InstructionFields, "instruction")
+    for number, _, grades in fields.rules:
+        if not set(grades) <= set(range(len(fields.labels))):
+            raise ValueError(f"instruction.rules: rule {number} has grades {grades} of {len(fields.labels)} labels")
+    rules = tuple(Rule(number, text, grades) for number, text, grades in fields.rules)
+    return Instruction(fields.task, Scale(fields.labels, fields.meanings), rules)
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: typing.Collection[str], prefix: str) -> None:
@@ -226,24 +278,33 @@ def _refuse_unknown(values: Mapping[str, Any], known: typing.Collection[str], pr
             raise ValueError(f"unknown config key {prefix}{key}{hint}")
 
 
-def _read(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """A dataclass from a mapping: unknown keys refused, types checked, ints taken for floats, lists for tuples."""
+def _read(cls: type, values: Mapping[str, Any], prefix: str, **given: Any) -> Any:
+    """A dataclass from a mapping and fields read already: unknown and missing keys are named, types are checked."""
     hints = typing.get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    _refuse_unknown(values, known, f"{prefix}.")
-    read = {}
-    for key, value in values.items():
-        hint = known[key]
-        origin = typing.get_origin(hint) or hint
-        if dataclasses.is_dataclass(hint):
-            value = _read(hint, value, f"{prefix}.{key}")
-        elif origin is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif origin is tuple and isinstance(value, list):
-            value = tuple(value)
-        elif origin is collections.abc.Mapping:
-            value = dict(value)
-        elif not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
-            raise ValueError(f"{prefix}.{key}: {value!r} is a {type(value).__name__}, expected {hint.__name__}")
-        read[key] = value
-    return cls(**read)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
+    _refuse_unknown(values, fields, prefix)
+    for key, field in fields.items():
+        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"the config has no key {prefix}{key}")
+    return cls(**given, **{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type of a field: ints are taken for floats, lists for tuples, mappings for dataclasses."""
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _read(hint, _typed(value, Mapping[str, Any], key), f"{key}.")
+    if origin is float and type(value) is int:
+        return float(value)
+    if origin is tuple and isinstance(value, list | tuple):
+        each = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(each) == len(value):
+            return tuple(_typed(item, of, f"{key}[{i}]") for i, (item, of) in enumerate(zip(value, each, strict=True)))
+    elif origin is collections.abc.Mapping and isinstance(value, Mapping):
+        return {name: _typed(item, inner[1], f"{key}.{name}") for name, item in value.items()}
+    elif isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+        return value
+    expected = str(hint).replace("typing.", "") if inner else hint.__name__
+    raise ValueError(f"{key}: {value!r} is a {type(value).__name__}, expected {expected}")

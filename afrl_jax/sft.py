@@ -1,14 +1,15 @@
 """Supervised fine-tuning on gold answers.
 
-    L_SFT = w_label * mean over label tokens of -log p(y_0)  +  w_explanation * mean over explanation tokens of -log p(y_t)
+    L_SFT = w_label * mean over label tokens of -log p(y_0) + w_expl * mean over explanation tokens of -log p(y_t)
 
-Two terms, because an answer has one label token and some forty others: one mean would train prose and call it relevance.
-Each mean is weighted (by class balance, by the judgment's own weight). An optional third term reads the grades as ordered,
+Two terms, because an answer has one label token and some forty others: one mean would train prose and call it
+relevance. Each mean is weighted (by class balance, by the judgment's own weight). An optional third term reads the
+grades as ordered,
 
     L_ordinal = mean of  sum_{c < C-1} ( P(y_0 <= c) - 1[gold <= c] )^2        (ranked probability score, Epstein 1969)
 
-with P over the label tokens alone. A language-modelling stage on domain text is the same objective: all its tokens count as
-explanation.
+with P over the label tokens alone. A language-modelling stage on domain text is the same objective: all its tokens
+count as explanation.
 """
 
 from __future__ import annotations

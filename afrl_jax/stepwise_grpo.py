@@ -1,25 +1,28 @@
 """Stepwise-GRPO with an SFT auxiliary loss: mode-balanced optimization in one step.
 
-Our Stepwise-GRPO (the name is AFRL's, arXiv 2602.10006; the definition is ours, after GRPO, arXiv 2402.03300). G answers are sampled
-for a prompt. Segment s of answer i has tokens T_is and reward r_is:
+Our Stepwise-GRPO (the name is AFRL's, arXiv 2602.10006; the definition is ours, after GRPO, arXiv 2402.03300). G
+answers are sampled for a prompt. Segment s of answer i has tokens T_is and reward r_is:
 
     A_is = (r_is - mean_i r_is) / (std_i r_is + 1e-4), ddof = 1;   exactly 0 where the group has no variance
     L_SG = - 1/n sum_i sum_s w_s / |T_is| sum_{t in T_is} min(rho_t A_is, clip(rho_t, 1 - e_low, 1 + e_high) A_is)
     rho_t = exp(log pi - log pi_old), float32
 
-The label reward goes to the label token alone: later tokens cannot change it, and explanation rewards on the label token would teach
-labels that are easy to explain. Optional step mask (after OptGRM, arXiv 2512.00968): a segment that is right in a wrong answer is not
-punished, one that is wrong in a right answer is not praised. One segment a sequence is plain GRPO and equals TRL's `grpo` loss.
+The label reward goes to the label token alone: later tokens cannot change it, and explanation rewards on the label
+token would teach labels that are easy to explain. Optional step mask (after OptGRM, arXiv 2512.00968): a segment that
+is right in a wrong answer is not punished, one that is wrong in a right answer is not praised. One segment a sequence
+is plain GRPO and equals TRL's `grpo` loss.
 
 The whole loss, of one batch that carries rollout rows and expert rows:
 
-    L = L_SG + L_exact + lambda(t) L_SFT + beta KL,     KL = mean of exp(log ref - log pi) - (log ref - log pi) - 1   (k3)
+    L = L_SG + L_exact + lambda(t) L_SFT + beta KL,   KL = mean of exp(log ref - log pi) - (log ref - log pi) - 1   (k3)
 
-L_exact is an arm that replaces the label segment by its expectation. The label is one categorical draw, so its policy gradient is known
-in closed form, d/dz_c = -p_c (r_c - E_p[r]): no variance, no dead groups. It separates "sampling forgets" from "reverse KL forgets".
+L_exact is an arm that replaces the label segment by its expectation. The label is one categorical draw, so its policy
+gradient is known in closed form, d/dz_c = -p_c (r_c - E_p[r]): no variance, no dead groups. It separates "sampling
+forgets" from "reverse KL forgets".
 
-lambda arms: "fixed", "decay", "gated" (expert answer only where its group has no right label), "token" (expert tokens weighted by
-p (1 - p)), "rehearsal" (the SFT model's own right answers as experts). Related: CHORD 2508.11408, SRFT 2506.19767, HPT 2509.04419.
+lambda arms: "fixed", "decay", "gated" (expert answer only where its group has no right label), "token" (expert tokens
+weighted by p (1 - p)), "rehearsal" (the SFT model's own right answers as experts). Related: CHORD 2508.11408, SRFT
+2506.19767, HPT 2509.04419.
 """
 
 from __future__ import annotations
@@ -43,9 +46,9 @@ TERMS = ("policy", "exact", "sft/label", "sft/explanation", "kl")
 
 def advantages(rewards_GS: np.ndarray) -> np.ndarray:
     """Group-normalized advantages [G, S] of rewards [G, S], per segment; NaN (no gold) and no variance give 0."""
+    varies = np.ptp(rewards_GS, axis=0) > 0  # the deviation of equal numbers may be a rounding error above 0
     centered = rewards_GS - rewards_GS.mean(axis=0)
-    deviation = rewards_GS.std(axis=0, ddof=1)
-    return np.where(deviation > 0, centered / (np.where(deviation > 0, deviation, 1.0) + 1e-4), 0.0)
+    return np.where(varies, centered / (rewards_GS.std(axis=0, ddof=1) + 1e-4), 0.0)
 
 
 def step_mask(rewards_GS: np.ndarray, advantages_GS: np.ndarray) -> np.ndarray:
@@ -55,7 +58,9 @@ def step_mask(rewards_GS: np.ndarray, advantages_GS: np.ndarray) -> np.ndarray:
     """
     right_answer = rewards_GS[:, [LABEL]] == 1.0
     right_segment = rewards_GS == 1.0
-    keep = ~(~right_answer & right_segment & (advantages_GS < 0)) & ~(right_answer & ~right_segment & (advantages_GS > 0))
+    punished = ~right_answer & right_segment & (advantages_GS < 0)
+    praised = right_answer & ~right_segment & (advantages_GS > 0)
+    keep = ~(punished | praised)
     keep[:, LABEL] = True
     return keep.astype(np.float64)
 
@@ -75,7 +80,8 @@ def rollout_branches(
 
     Args:
         weights_S: w_s; NaN advantages must already be 0.
-        per_segment: mean over a segment's tokens, summed over segments; otherwise mean over the answer's tokens (plain GRPO).
+        per_segment: mean over a segment's tokens, summed over segments; otherwise mean over the answer's tokens
+            (plain GRPO).
     """
     branches = []
     for tokens, length, logprobs, segments, advantage in zip(

@@ -1,6 +1,7 @@
 """Checkpoints: a train state every so often, written by orbax, complete or absent.
 
-Orbax writes into a temporary folder and renames it when all is on disk, so a checkpoint cut short by a kill is never seen.
+Orbax writes into a temporary folder and renames it when all is on disk, so a checkpoint cut short by a kill is never
+seen.
 """
 
 from __future__ import annotations

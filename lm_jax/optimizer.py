@@ -10,7 +10,9 @@ from lm_jax.parameters import decay_mask
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def learning_rate_schedule(peak: float, steps: int, *, warmup: float, schedule: str, final: float = 0.0) -> optax.Schedule:
+def learning_rate_schedule(
+    peak: float, steps: int, *, warmup: float, schedule: str, final: float = 0.0
+) -> optax.Schedule:
     """Linear warm-up over `warmup` (a share of `steps`), then `schedule` down to `final` * peak at the last step."""
     rising = max(1, round(warmup * steps))
     falling = max(1, steps - rising)
@@ -21,7 +23,8 @@ def learning_rate_schedule(peak: float, steps: int, *, warmup: float, schedule: 
     }
     if schedule not in after:
         raise ValueError(f"unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}")
-    return optax.join_schedules([optax.linear_schedule(peak / rising, peak, rising - 1 or 1), after[schedule]], [rising])
+    up = optax.linear_schedule(peak / rising, peak, max(1, rising - 1))
+    return optax.join_schedules([up, after[schedule]], [rising - 1])
 
 
 def make_optimizer(

@@ -1,9 +1,9 @@
 """Rows: how token sequences are laid out for one forward pass, and which positions a loss looks at.
 
-A `Group` is a trunk of shared tokens and branches that continue it (see `lm_jax.decoder`). One query with its documents,
-one prompt with its sampled answers, or a lone text (an empty trunk, one branch) are all groups. Groups are packed into rows
-of T tokens. Only M *target* positions a row reach the vocabulary head, so a row that trains one label token a pair pays for
-one; and Q *label slots* a row are where a grade is read off the label tokens alone.
+A `Group` is a trunk of shared tokens and branches that continue it (see `lm_jax.decoder`). One query with its
+documents, one prompt with its sampled answers, or a lone text (an empty trunk, one branch) are all groups. Groups are
+packed into rows of T tokens. Only M *target* positions a row reach the vocabulary head, so a row that trains one label
+token a pair pays for one; and Q *label slots* a row are where a grade is read off the label tokens alone.
 
 Everything here is NumPy on the host; a batch is a dictionary of arrays:
 

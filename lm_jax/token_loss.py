@@ -5,8 +5,8 @@ terms over the tokens at hand, and separately the term's *denominator*, which de
 
     loss = sum over terms of  coefficient[term] * sum[term] / denominator[term]
 
-is then the same number, with the same gradient, for any micro-batching, packing, row order or mesh. A term without data has
-denominator 0 and contributes exactly 0.
+is then the same number, with the same gradient, for any micro-batching, packing, row order or mesh. A term without data
+has denominator 0 and contributes exactly 0.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -70,20 +71,20 @@ def fit(
         run_log.set_note("  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values))
 
     pending = None
-    for number in run_log.progress(range(start, steps), stage, steps, start):
-        batch, host = batch_at(state, number)
-        tokens = int((batch["groups"] > 0).sum())
-        state, metrics = step.update(state, place_batch(batch, mesh), dict(coefficients(number)))
+    with contextlib.closing(checkpoints):  # on an error too: the checkpoint that it names is whole
+        for number in run_log.progress(range(start, steps), stage, steps, start):
+            batch, host = batch_at(state, number)
+            tokens = int((batch["groups"] > 0).sum())
+            state, metrics = step.update(state, place_batch(batch, mesh), dict(coefficients(number)))
+            if pending is not None:
+                record(*pending)
+            pending = (number, metrics, host, tokens)
+            done = number + 1
+            if done % save_every == 0 and done < steps:
+                record(*pending)  # never keep a state whose loss was not looked at
+                pending = None
+                checkpoints.save(done, state)
+                good = done
         if pending is not None:
             record(*pending)
-        pending = (number, metrics, host, tokens)
-        done = number + 1
-        if done % save_every == 0 and done < steps:
-            record(*pending)  # never keep a state whose loss was not looked at
-            pending = None
-            checkpoints.save(done, state)
-            good = done
-    if pending is not None:
-        record(*pending)
-    checkpoints.close()
     return state

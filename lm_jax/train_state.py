@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +96,7 @@ def make_step(
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Split a host batch (a tree of arrays, rows first) over the mesh's batch axes (as it is, where there is no mesh)."""
+    """Split a host batch (a tree of arrays, rows first) over the mesh's batch axes; without a mesh, as it is."""
     if mesh is None:
         return batch
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))

@@ -1,4 +1,4 @@
-"""From judgments to grain pipelines of packed rows: tokenized once, random access, resumed by their step number alone."""
+"""From judgments to grain pipelines of packed rows: tokenized once, random access, resumed by step alone."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def text_groups(tokenizer: Tokenizer, texts: Iterable[str], row_tokens: int) -> 
         for start in range(0, len(ids) - 1, row_tokens):
             piece = ids[start : start + row_tokens + 1]
             ones = np.ones(len(piece) - 1, np.float32)
-            branch = Branch(piece[:-1], piece[1:], np.full(len(piece) - 1, LABEL + 1, np.int32), {"explanation_weight": ones})
+            segments = np.full(len(piece) - 1, LABEL + 1, np.int32)
+            branch = Branch(piece[:-1], piece[1:], segments, {"explanation_weight": ones})
             groups.append(Group(np.zeros(0, np.int32), [branch]))
     return groups
 

@@ -1,10 +1,11 @@
 """Data by name: a config's `data` maps names to sources, and this opens them.
 
-    {"format": "clips", "split": "train", "queries": 4000, "documents_per_query": 8, "rule_balance": 0.3, "difficulty": 1.0}
+    {"format": "clips", "split": "train", "queries": 4000, "documents_per_query": 8, "rule_balance": 0.3}
     {"format": "clips_text", "split": "train", "texts": 20000}
     {"format": "folder" | "trec" | "esci", ...}          a real data set, see afrl_jax.data.readers
 
-Any of them takes `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one folder gives disjoint parts.
+Any of them takes `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one folder gives
+disjoint parts.
 """
 
 from __future__ import annotations
