@@ -115,7 +115,7 @@ def label_token_ids(tokenizer: Tokenizer, prompt_tail: str, labels: Sequence[str
     ids = []
     for label in labels:
         tokens = tokenizer.encode(prompt_tail + label)
-        if len(tokens) != len(tail) + 1 or tokens[:-1] != tail:
+        if not tokens or tokens[:-1] != tail:
             common = next((i for i, (a, b) in enumerate(zip(tokens, tail, strict=False)) if a != b), len(tail))
             found = [tokenizer.decode([token]) for token in tokens[common:]]
             raise ValueError(
