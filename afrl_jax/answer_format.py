@@ -16,7 +16,7 @@ is asked for.
 
 The three parts of a prompt (up to the query, the document, the slot) are tokenized apart and joined as token ids: that
 *defines* the prompt, and makes the shared prefix exact. Every part begins and ends at a line, where tokenizers split
-anyway.
+anyway, except that some join a line's last punctuation mark with the newline after it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Where a decoder's shape and first weights come from besides a pretrained source: fields of a config, or a deeper
-model."""
+"""Where a decoder's shape and first weights come from besides a pretrained source: config fields, or a deeper model."""
 
 from __future__ import annotations
 
