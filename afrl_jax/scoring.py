@@ -33,8 +33,8 @@ from lm_jax.tokenizer import Tokenizer
 from lm_jax.weights import read_weights
 from sharding.rules import RULES, constrain
 
-ROW_TOKENS = (256, 512, 1024, 2048, 4096, 8192)  # a row is as long as the smallest of these that holds the longest pair
-BATCH_TOKENS = 4096  # a batch has as many rows as hold so many tokens: memory does not grow with the longest pair
+ROW_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)  # a row has the least of these that holds the longest pair
+BATCH_TOKENS = 4096  # at most, in the rows of a batch: memory does not grow with the longest pair
 _NOTHING = np.zeros(0, np.int32)
 
 
@@ -78,7 +78,9 @@ def label_logprobs(
     plan = plan_rows(groups, shape, branches_together=tokens, seed=0)
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])  # that share the rows of a batch
-    rows = -(-max(1, BATCH_TOKENS // tokens) // devices) * devices
+    # A power of two, so that one pair does not pay for a full batch and few shapes are ever compiled.
+    rows = min(1 << (len(plan) - 1).bit_length(), max(1, BATCH_TOKENS // tokens))
+    rows = -(-rows // devices) * devices
     plan += [[]] * (-len(plan) % rows)
     found = np.zeros((len(prompts), len(label_ids)), np.float32)
     batches: Iterable[int] = range(0, len(plan), rows)
