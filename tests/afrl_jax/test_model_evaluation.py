@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import scipy.special
+
+from afrl_jax.calibration import Calibration
+from afrl_jax.model_evaluation import SAMPLES, Evaluated, calibrate, evaluate_model, predict_judgments
+from afrl_jax.schema import Document, Explanation, Judgment, Match, Query
+
+WORDS = "chess openings kids robots sourdough home clip query".split()
+
+
+def judgments(queries, seed, explained=False):
+    """Random grades of random documents."""
+    random = np.random.default_rng(seed)
+    explanation = Explanation(("kids",), ("children",), (Match.MET,), 7) if explained else None
+    return [
+        Judgment(
+            Query(f"{seed}-{q}", f"{WORDS[q]} {seed}"),
+            Document(f"{q}-{d}", " ".join(random.choice(WORDS, 3))),
+            int(random.integers(3)),
+            explanation,
+            (7,) if explained else (),
+        )
+        for q in range(queries)
+        for d in range(6)
+    ]
+
+
+def logprobs(model, rows):
+    return model.label_logprobs([(row.query, row.document) for row in rows])
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def evaluated(model):
+    return evaluate_model(
+        model.parameters,
+        model.config,
+        model.format,
+        test=judgments(5, seed=1),
+        calibration=judgments(8, seed=2),
+        explained_pairs=4,
+        max_new_tokens=6,
+        seed=3,
+    )
+
+
+def test_calibration_is_fitted_on_other_judgments_than_those_evaluated(model, evaluated):
+    test, dev = judgments(5, seed=1), judgments(8, seed=2)
+    assert (evaluated.calibration, evaluated.threshold) == calibrate(model, dev)
+    found = logprobs(model, test)
+    np.testing.assert_allclose(evaluated.predictions.uncalibrated, scipy.special.softmax(found, -1), atol=1e-6)
+    expected = scipy.special.softmax(found / evaluated.calibration.temperature + evaluated.calibration.bias, -1)
+    np.testing.assert_allclose(evaluated.predictions.probabilities, expected, atol=1e-6)
+    assert evaluated.predictions.threshold == evaluated.threshold
+    assert evaluated.predictions.grade.tolist() == [row.grade for row in test]
+    assert evaluated.predictions.query_index.tolist() == [q for q in range(5) for _ in range(6)]
+
+
+def test_calibration_lowers_the_loss_where_it_was_fitted(model):
+    dev = judgments(8, seed=2)
+    gold = np.array([row.grade for row in dev])
+
+    def loss(probabilities):
+        return -np.log(probabilities[np.arange(len(gold)), gold]).mean()
+
+    found = logprobs(model, dev)
+    assert loss(calibrate(model, dev)[0].apply(found)) < loss(np.exp(found)) - 0.1
+
+
+def test_what_is_saved_is_loaded_again(evaluated, tmp_path):
+    evaluated.save(tmp_path)
+    loaded = Evaluated.load(tmp_path)
+    assert (loaded.calibration, loaded.threshold) == (evaluated.calibration, evaluated.threshold)
+    for name in ("query_index", "grade", "probabilities", "uncalibrated", "label_samples"):
+        np.testing.assert_array_equal(getattr(loaded.predictions, name), getattr(evaluated.predictions, name))
+    assert loaded.predictions.rule is None and loaded.predictions.explanation == {}
+
+
+def test_saved_explanations_and_rules_are_loaded_again(model, tmp_path):
+    predictions = predict_judgments(model, judgments(2, 1, True), explained_pairs=5, max_new_tokens=6, seed=0)
+    Evaluated(predictions, Calibration.identity(3), 0.5).save(tmp_path)
+    loaded = Evaluated.load(tmp_path).predictions
+    assert loaded.rule.tolist() == [7] * 12
+    assert set(loaded.explanation) == {"format", "consistency", "rule_accuracy"}
+    for name, values in predictions.explanation.items():
+        np.testing.assert_array_equal(loaded.explanation[name], values)
+
+
+def test_label_samples_come_from_the_models_own_probabilities(model):
+    rows = judgments(5, seed=1)
+    drawn = predict_judgments(model, rows, explained_pairs=0, max_new_tokens=1, seed=0)
+    assert drawn.label_samples.shape == (30, 3) and (drawn.label_samples.sum(1) == SAMPLES).all()
+    # 480 draws in all: three standard deviations of a share are below 0.07.
+    share = drawn.label_samples.sum(0) / (30 * SAMPLES)
+    np.testing.assert_allclose(share, drawn.uncalibrated.mean(0), atol=0.07)
+    again = predict_judgments(model, rows, explained_pairs=0, max_new_tokens=1, seed=0)
+    np.testing.assert_array_equal(again.label_samples, drawn.label_samples)
+
+
+def test_explanations_are_checked_for_the_first_pairs_that_have_gold(model, monkeypatch):
+    """An answer key stands in for the decoder: what counts is which pairs are asked and how answers are marked."""
+    rows = judgments(1, seed=1) + judgments(4, seed=2, explained=True)
+    format = model.format
+    right = Explanation(("kids",), ("children",), (Match.MET,), 7)
+    answers = [
+        Judgment(
+            rows[0].query, rows[0].document, 2, right
+        ),  # well-formed, consistent (rule 7 allows grade 2), gold rule
+        Judgment(rows[0].query, rows[0].document, 1, right),  # rule 7 does not allow grade 1
+        Judgment(rows[0].query, rows[0].document, 0, Explanation(("kids",), ("x",), (Match.MET,), 4)),  # another rule
+        Judgment(rows[0].query, rows[0].document, 2),  # no explanation: does not parse
+    ]
+    encoded = [format.encode_answer(answer)[0] for answer in answers]
+    asked = []
+
+    def answer_tokens(pairs, *, max_new_tokens):
+        start = len(asked)
+        asked.extend(pairs)
+        chosen = [encoded[i % 4] for i in range(start, start + len(pairs))]
+        padded = np.zeros((len(chosen), max_new_tokens), np.int32)
+        for row, tokens in zip(padded, chosen, strict=True):
+            row[: len(tokens)] = tokens
+        return padded, np.array([len(tokens) for tokens in chosen])
+
+    monkeypatch.setattr(model, "answer_tokens", answer_tokens)
+    found = predict_judgments(model, rows, explained_pairs=18, max_new_tokens=80, seed=0)
+    assert asked == [(row.query, row.document) for row in rows[6:24]]
+    for name, marks in {
+        "format": [1, 1, 1, 0],
+        "consistency": [1, 0, 1, 0],
+        "rule_accuracy": [1, 1, 0, 0],
+    }.items():
+        values = found.explanation[name]
+        assert np.isnan(values[:6]).all() and np.isnan(values[24:]).all()
+        assert values[6:24].tolist() == (marks * 5)[:18]
+    assert found.rule is None  # not every pair has one

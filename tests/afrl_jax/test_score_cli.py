@@ -1,0 +1,222 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+
+from afrl_jax import score
+from afrl_jax.calibration import Calibration
+from afrl_jax.data.readers import read_pairs
+from afrl_jax.export import export_model
+from lm_jax.weights import write_weights
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+ROWS = [
+    {"query_id": 7, "query": "chess for kids", "doc_id": "d1", "title": "Chess openings", "text": "For children"},
+    {"query": "robots", "document": "Sourdough at home", "note": ["ñ", 1.5, None]},
+    {"query": "robots", "context": "chess", "document": {"title": "robots", "text": "at home", "minutes": 24}},
+]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory, tiny_model):
+    """A relevance model's folder, calibrated, and the model."""
+    folder, model = tmp_path_factory.mktemp("run") / "export", tiny_model("llama")
+    export_model(
+        folder,
+        model.parameters,
+        model.config,
+        model.format,
+        calibration=model.calibration,
+        threshold=model.threshold,
+        golden=[],
+        figures={},
+        config={},
+        title="tiny",
+    )
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory, tiny_model):
+    """Any Hugging Face causal model: no relevance.json."""
+    folder, model = tmp_path_factory.mktemp("causal"), tiny_model("qwen2")
+    write_weights(folder, model.config, model.parameters)
+    model.format.tokenizer.save(folder)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(folder, model, rows, *options):
+    """The rows out of rows in."""
+    source = rows if isinstance(rows, pathlib.Path) else write(folder / "pairs.jsonl", rows)
+    score.main([f"--model={model}", f"--input={source}", f"--output={folder / 'scores.jsonl'}", *options])
+    return [json.loads(line) for line in (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys, folder, model, rows, *options):
+    """The message of a run that is refused, which leaves no output."""
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, model, rows, *options)
+    assert stopped.value.code == 2 and not (folder / "scores.jsonl").exists()
+    return capsys.readouterr().err
+
+
+def test_rows_keep_their_order_and_fields_and_get_calibrated_scores(export, tmp_path):
+    folder, model = export
+    out = run(tmp_path, folder, ROWS)
+    assert [list(row) for row in out] == [
+        ["query_id", "doc_id", "grade", "expected_grade", "probabilities"],
+        ["note", "grade", "expected_grade", "probabilities"],
+        ["grade", "expected_grade", "probabilities"],
+    ]
+    assert out[0]["query_id"] == 7 and out[0]["doc_id"] == "d1" and out[1]["note"] == ["ñ", 1.5, None]
+    asked = [
+        ("chess for kids", {"title": "Chess openings", "text": "For children"}),
+        ("robots", "Sourdough at home"),
+    ]
+    expected = model.predict_proba(asked)
+    np.testing.assert_allclose([row["probabilities"] for row in out[:2]], expected, atol=1e-5)
+    for row in out:
+        assert row["expected_grade"] == pytest.approx(np.dot(row["probabilities"], [1, 2, 3]))  # labels are 1, 2, 3
+        at_least = np.cumsum(row["probabilities"][::-1])[::-1]
+        assert row["grade"] == str(max(c for c in (1, 2, 3) if c == 1 or at_least[c - 1] >= 0.4))
+
+
+def test_prompt_ids_scored_again_by_transformers_give_the_same_numbers(export, tmp_path):
+    folder, model = export
+    out = run(tmp_path, folder, ROWS, "--include_prompt_ids")
+    causal = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row in out:
+        with torch.no_grad():
+            logits = causal(torch.tensor([row["prompt_ids"]])).logits[0, -1, row["label_token_ids"]]
+        np.testing.assert_allclose(logits.softmax(-1).numpy(), row["label_probabilities"], atol=1e-5)
+        calibrated = (logits.double().log_softmax(-1) / 0.8 + torch.tensor([0.3, 0, -0.2])).softmax(-1)
+        np.testing.assert_allclose(calibrated.numpy(), row["probabilities"], atol=1e-5)
+        assert [tokenizer.decode([token]).strip() for token in row["label_token_ids"]] == ["1", "2", "3"]
+    text = tokenizer.decode(out[2]["prompt_ids"])
+    assert text.endswith("\nQuery: robots\nContext: chess\nDocument: robots\nat home\nminutes: 24\nGrade: ")
+    assert text.startswith("Grade how well the clip answers the query.\n1 bad, 2 fair, 3 good\n4. another episode")
+
+
+def test_any_causal_model_is_asked_zero_shot(causal, tmp_path):
+    out = run(tmp_path, causal, ROWS, "--include_prompt_ids")
+    model = transformers.AutoModelForCausalLM.from_pretrained(causal, dtype=torch.float32)
+    for row in out:
+        assert len(row["probabilities"]) == 4 and row["grade"] == "0123"[int(np.argmax(row["probabilities"]))]
+        with torch.no_grad():
+            logits = model(torch.tensor([row["prompt_ids"]])).logits[0, -1, row["label_token_ids"]]
+        np.testing.assert_allclose(logits.softmax(-1).numpy(), row["probabilities"], atol=1e-5)
+        np.testing.assert_allclose(row["label_probabilities"], row["probabilities"], atol=1e-7)
+
+
+def test_a_zero_shot_scale_without_numbers_counts_places(causal, tmp_path):
+    options = ["--labels=x = no,y=maybe,z", "--task=Is it about chess?", "--include_prompt_ids"]
+    out = run(tmp_path, causal, ROWS[:1], *options)
+    assert out[0]["grade"] in {"x", "y", "z"}
+    assert out[0]["expected_grade"] == pytest.approx(np.dot(out[0]["probabilities"], [0, 1, 2]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(causal)
+    assert tokenizer.decode(out[0]["prompt_ids"]).startswith("Is it about chess?\nx no, y maybe, z\nQuery: ")
+
+
+def test_chunks_are_invisible_and_the_output_appears_whole(export, tmp_path, monkeypatch):
+    folder, _ = export
+    rows = [{"i": i, "query": "robots " * (i % 3 + 1), "title": "chess " * (i % 5 + 1)} for i in range(11)]
+    whole = run(tmp_path, folder, rows)
+    (tmp_path / "scores.jsonl").unlink()
+    monkeypatch.setattr(score, "CHUNK", 4)
+    chunked = run(tmp_path, folder, rows)
+    assert [row["i"] for row in chunked] == list(range(11))
+    for name in ("probabilities", "expected_grade"):
+        np.testing.assert_allclose([r[name] for r in chunked], [r[name] for r in whole], atol=1e-5)
+
+    chunks = score.score_chunks
+
+    def broken(*arguments):
+        yield next(chunks(*arguments))
+        assert (tmp_path / "scores.jsonl.partial").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "score_chunks", broken)
+    before = (tmp_path / "scores.jsonl").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, folder, rows[:5])
+    assert (tmp_path / "scores.jsonl").read_bytes() == before
+
+
+def test_parquet_comes_in_as_well(export, tmp_path):
+    table = pyarrow.Table.from_pylist([{"query": row["query"], "title": "chess"} for row in ROWS])
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    assert len(run(tmp_path, export[0], tmp_path / "pairs.parquet")) == 3
+
+
+def test_bad_rows_are_named_before_the_model_is_read(tmp_path, capsys):
+    rows = [*ROWS, {"query": "", "title": "x"}, {"query": "robots"}, {"query": 4, "title": "x"}]
+    told = refused(capsys, tmp_path, tmp_path / "no such model", rows)
+    for line, field in ((4, "query"), (5, "document"), (6, "query")):
+        assert f"pairs.jsonl:{line}: {field}: " in told
+    assert "no such model" not in told
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "title": "b"}\n{"query"\n')
+    assert "pairs.jsonl:2: not valid JSON" in refused(capsys, tmp_path, "none", tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert "holds no row" in refused(capsys, tmp_path, "none", tmp_path / "pairs.jsonl")
+
+
+def test_fields_that_the_output_would_overwrite_are_named(export, tmp_path, capsys):
+    rows = [ROWS[0], ROWS[1] | {"grade": 3, "probabilities": []}]
+    told = refused(capsys, tmp_path, export[0], rows)
+    assert "pairs.jsonl: the output writes grade, probabilities itself" in told
+    carried = [ROWS[0] | {"prompt_ids": "mine"}]
+    assert "prompt_ids" in refused(capsys, tmp_path, export[0], carried, "--include_prompt_ids")
+    assert run(tmp_path, export[0], carried)[0]["prompt_ids"] == "mine"
+
+
+def test_wrong_arguments_are_told_in_one_message(export, causal, tmp_path, capsys):
+    assert "neither a model folder nor a .gguf file" in refused(capsys, tmp_path, tmp_path / "absent", ROWS)
+    assert "its own task and scale 1, 2, 3" in refused(capsys, tmp_path, export[0], ROWS, "--labels=1,2")
+    assert "must be one token" in refused(capsys, tmp_path, causal, ROWS, "--labels=irrelevant,relevant")
+    assert "at least two different labels" in refused(capsys, tmp_path, causal, ROWS, "--labels=1,1")
+    assert "empty label" in refused(capsys, tmp_path, causal, ROWS, "--labels=1,,2")
+    source = write(tmp_path / "pairs.jsonl", ROWS)
+    for output in (source, tmp_path):
+        with pytest.raises(SystemExit):
+            score.main([f"--model={causal}", f"--input={source}", f"--output={output}"])
+        assert "is a folder or the input itself" in capsys.readouterr().err
+    assert len(source.read_text().splitlines()) == 3
+
+
+def test_calibration_of_one_label_moves_the_grade(tmp_path, tiny_model):
+    model = tiny_model("llama", calibration=Calibration(1.0, (0.0, 50.0, 0.0)), threshold=None)
+    rows = next(score.score_chunks(model, read_pairs(write(tmp_path / "pairs.jsonl", ROWS)), False))
+    assert [row["grade"] for row in rows] == ["2"] * 3
+    assert [row["expected_grade"] for row in rows] == pytest.approx([2.0] * 3)
+
+
+@pytest.mark.parametrize("program", ["score", "evaluate"])
+def test_help_teaches_by_example_without_loading_jax(program):
+    code = f"""if True:
+        import sys
+        from afrl_jax.{program} import main
+        try:
+            main(["--help"])
+        finally:
+            assert "jax" not in sys.modules
+    """
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert f"python -m afrl_jax.{program} --model=runs/quickstart/export" in shown.stdout
+    assert "Qwen/Qwen3-0.6B" in shown.stdout
