@@ -1,15 +1,14 @@
 """The recipe: judgments -> staged training -> distillation -> evaluation -> exported model, in one resumable run.
 
-The stages of a config run in order. Each trains the teacher or the student from where the stage before it left that model, and leaves
-its parameters in the run folder; a finished stage is skipped. Before the first `distill` stage the teacher writes its label
-distributions to disk; from then on it is not in memory.
+The stages of a config run in order. Each trains the teacher or the student from where the stage before it left that
+model, and leaves its parameters in the run folder; a finished stage is skipped. Before the first `distill` stage the
+teacher writes its label distributions to disk; from then on it is not in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from afrl_jax import distill, stepwise_grpo
-from afrl_jax.answer_format import AnswerFormat, plain_texts
-from afrl_jax.data import batches, clips, sources
+from afrl_jax.data import batches
 from afrl_jax.export import export_model
+from afrl_jax.inputs import open_inputs
 from afrl_jax.model_evaluation import Evaluated, evaluate_model
 from afrl_jax.report import read_log, write_report
 from afrl_jax.rollouts import RolloutSource, repeat_updates
-from afrl_jax.schema import Instruction, Judgment
+from afrl_jax.schema import Judgment
 from afrl_jax.scoring import label_logprobs
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
 from afrl_jax.sft import SFT
@@ -34,42 +33,38 @@ from lm_jax import optimizer, run_log, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters, initialize, shardings
 from lm_jax.rows import Group
-from lm_jax.run_folder import RunFolder
-from lm_jax.shape import cut_layers, evenly_spaced, shape_from_fields
+from lm_jax.run_folder import RunFolder, refuse_other_config
+from lm_jax.shape import cut_layers, evenly_spaced
 from lm_jax.token_loss import Objective
-from lm_jax.tokenizer import Tokenizer, train_tokenizer
 from lm_jax.train_loop import BatchAt, fit
-from lm_jax.weights import read_source_config, read_weights
-from sharding.mesh import make_mesh
-
-BUILT_IN = ("clips", "clips_text")  # data formats that bring their own instruction
+from lm_jax.weights import read_weights
 
 
 class Recipe:
-    """One run of one config in one folder."""
+    """One run of one config in one folder. Making it checks config and data; only then does the folder appear.
+
+    Raises:
+        ValueError, OSError: as `read_settings`, `open_inputs` and `RunFolder` say.
+    """
 
     def __init__(self, settings: Settings, config: Mapping[str, Any], workdir: Path):
+        refuse_other_config(workdir, config)
         self.settings, self.config = settings, config
-        self.instruction = settings.instruction or self._built_in_instruction()
-        self.judgments: dict[str, list[Judgment]] = {}
-        self._check_data()
+        self.stages = dict(zip(settings.stage_names, settings.stages, strict=True))
+        self.inputs = open_inputs(settings, workdir / "tokenizer")
+        self.format, self.mesh, self.judgments = self.inputs.format, self.inputs.mesh, self.inputs.judgments
         self.run = RunFolder(workdir, config)
-        self.mesh = make_mesh(settings.mesh) if settings.mesh or jax.device_count() > 1 else None
-        self.tokenizer = self._tokenizer()
-        self.format = AnswerFormat(
-            self.tokenizer,
-            self.instruction,
-            max_document_tokens=settings.max_document_tokens,
-            show_rules=settings.show_rules,
-        )
-        self.shapes: dict[str, DecoderConfig] = {}
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
+        if settings.tokenizer == "train" and not (folder := workdir / "tokenizer").exists():
+            self.format.tokenizer.save(partial := workdir / "tokenizer.partial")
+            partial.rename(folder)
 
     def __call__(self) -> dict[str, float]:
         """Run what is not finished yet; returns the report's metrics."""
         log = run_log.RunLog(self.run.path)
-        jax.set_mesh(self.mesh) if self.mesh is not None else None
-        for name, stage in zip(self.settings.stage_names, self.settings.stages, strict=True):
+        if self.mesh is not None:
+            jax.set_mesh(self.mesh)
+        for name, stage in self.stages.items():
             if isinstance(stage, DistillStage):
                 self._teacher_labels(stage)
             if self.run.finished(name) is None:
@@ -82,82 +77,27 @@ class Recipe:
         self._export(evaluated, metrics)
         return metrics
 
-    # --- data and models -------------------------------------------------------------------------------------------
+    # --- models ----------------------------------------------------------------------------------------------------
 
-    def _built_in_instruction(self) -> Instruction:
-        foreign = [name for name, source in self.settings.data.items() if source.get("format") not in BUILT_IN]
-        if foreign:
-            raise ValueError(f"the config has no `instruction`, which the data {', '.join(foreign)} need")
-        return clips.instruction()
-
-    def _check_data(self) -> None:
-        """Open every data set that a stage or the evaluation names, so that a bad row stops the run before any work."""
-        evaluation = self.settings.evaluation
-        names = {evaluation.test, evaluation.calibration}
-        for stage in self.settings.stages:
-            names |= set(getattr(stage, "mixture", {}))
-            names |= {getattr(stage, key) for key in ("prompts_from", "experts_from") if getattr(stage, key, "")}
-        for name in sorted(names):
-            source = self.settings.data[name]
-            if source.get("format") == "clips_text":
-                continue
-            self.judgments[name] = sources.open_judgments(source, self.instruction, self.settings.seed)
-            if not self.judgments[name]:
-                raise ValueError(f"data.{name} has no judgments: {dict(source)}")
-
-    def _texts(self, name: str) -> list[str]:
-        return sources.open_texts(self.settings.data[name], self.settings.seed)
-
-    def _tokenizer(self) -> Tokenizer:
-        settings = self.settings
-        if settings.tokenizer != "train":
-            return Tokenizer.load(settings.tokenizer or settings.teacher.source)
-        folder = self.run.path / "tokenizer"
-
-        def train() -> dict[str, Any]:
-            texts = [t for name, s in settings.data.items() if s.get("format") == "clips_text" for t in self._texts(name)[:4000]]
-            for judgment in itertools.chain.from_iterable(rows[:4000] for rows in self.judgments.values()):
-                texts += plain_texts(judgment, self.instruction, show_rules=settings.show_rules)
-            train_tokenizer(texts, settings.vocabulary).save(folder)
-            return {}
-
-        self.run.once("tokenizer", train)
-        return Tokenizer.load(folder)
-
-    def _start(self, model: str) -> tuple[DecoderConfig, Parameters]:
-        """Shape and first parameters of the teacher or the student."""
+    def _start(self, model: str) -> Parameters:
+        """The first parameters of the teacher or the student."""
         settings: ModelSettings = getattr(self.settings, model)
         if settings.cut:
-            config, parameters = self.shapes["teacher"], self._parameters_after(self._last_stage("teacher"))
-            return cut_layers(config, parameters, evenly_spaced(config.layers, settings.cut))
+            teacher, parameters = self.inputs.shapes["teacher"], self._parameters_after(self._last_stage("teacher"))
+            return cut_layers(teacher, parameters, evenly_spaced(teacher.layers, settings.cut))[1]
         if settings.source:
-            return read_weights(settings.source, mesh=self.mesh)
-        config = shape_from_fields(settings.shape, self.tokenizer.vocab_size)
-        return config, initialize(config, self.settings.seed + (model == "student"), self.mesh)
-
-    def _shape(self, model: str) -> DecoderConfig:
-        """The shape of a model, without reading its weights."""
-        if model not in self.shapes:
-            settings: ModelSettings = getattr(self.settings, model)
-            if settings.cut:
-                self.shapes[model] = dataclasses.replace(self._shape("teacher"), layers=settings.cut)
-            elif settings.source:
-                self.shapes[model] = read_source_config(settings.source)
-            else:
-                self.shapes[model] = shape_from_fields(settings.shape, self.tokenizer.vocab_size)
-        return self.shapes[model]
+            return read_weights(settings.source, mesh=self.mesh)[1]
+        return initialize(self.inputs.shapes[model], self.settings.seed + (model == "student"), self.mesh)
 
     def _last_stage(self, model: str, before: str | None = None) -> str | None:
         names = self.settings.stage_names
         earlier = names[: names.index(before)] if before else names
-        stages = dict(zip(names, self.settings.stages, strict=True))
-        return next((name for name in reversed(earlier) if stages[name].model == model), None)
+        return next((name for name in reversed(earlier) if self.stages[name].model == model), None)
 
     def _parameters_after(self, stage_name: str) -> Parameters:
         if self.held is None or self.held[0] != stage_name:
             self.held = None
-            stage = dict(zip(self.settings.stage_names, self.settings.stages, strict=True))[stage_name]
-            config = self._shape(stage.model)
+            config = self.inputs.shapes[self.stages[stage_name].model]
             like = jax.eval_shape(functools.partial(initialize, config, 0))
             self.held = (stage_name, self.run.arrays(stage_name, _place(like, config, self.mesh)))
         return self.held[1]
@@ -167,12 +107,16 @@ class Recipe:
     def _train(self, name: str, stage: Stage, log: run_log.RunLog) -> None:
         began = time.monotonic()
         before = self._last_stage(stage.model, name)
-        config = self._shape(stage.model)
-        parameters = self._parameters_after(before) if before else self._start(stage.model)[1]
+        config = self.inputs.shapes[stage.model]
+        parameters = self._parameters_after(before) if before else self._start(stage.model)
         self.held = None
         objective, batch_at, coefficients = self._objective(name, stage, config, parameters)
         schedule = optimizer.learning_rate_schedule(
-            stage.learning_rate, stage.steps, warmup=stage.warmup, schedule=stage.schedule, final=stage.final_learning_rate
+            stage.learning_rate,
+            stage.steps,
+            warmup=stage.warmup,
+            schedule=stage.schedule,
+            final=stage.final_learning_rate,
         )
         transformation = optimizer.make_optimizer(config, schedule, weight_decay=stage.weight_decay, clip=stage.clip)
         step = train_state.make_step(
@@ -211,10 +155,11 @@ class Recipe:
         if isinstance(stage, RLStage):
             return self._rl(stage, config, parameters, seed)
         if isinstance(stage, TextStage):
-            groups = [(batches.text_groups(self.tokenizer, self._texts(stage.texts), stage.row_tokens), 1.0)]
+            groups = [(self._groups(stage.texts, stage), 1.0)]
         else:
             groups = [(self._groups(source, stage), share) for source, share in stage.mixture.items()]
-        shape = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, len(self.instruction.scale))
+        grades = len(self.format.labels)
+        shape = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, grades)
         objective, coefficients = SFT, {"sft/label": 1.0, "sft/explanation": 1.0, "sft/ordinal": 0.0}
         if isinstance(stage, SFTStage):
             weights = (stage.label_weight, stage.explanation_weight, stage.ordinal_weight)
@@ -224,18 +169,18 @@ class Recipe:
             coefficients = dict(
                 zip(distill.TERMS, (stage.kl_share, 1 - stage.kl_share, stage.explanation_weight), strict=True)
             )
-            teacher = ("teacher_logprob", (len(self.instruction.scale),))
+            teacher = ("teacher_logprob", (grades,))
             shape = dataclasses.replace(shape, label_values=(*shape.label_values, teacher))
         dataset = batches.row_batches(
             groups, shape, rows=stage.rows, branches_together=stage.branches_together, seed=seed
         )
         return objective, _in_order(dataset), lambda step: coefficients
 
-    def _groups(self, source: str, stage: SFTStage | DistillStage) -> list[Group]:
-        if self.settings.data[source].get("format") == "clips_text":
-            return batches.text_groups(self.tokenizer, self._texts(source), stage.row_tokens)
+    def _groups(self, source: str, stage: Stage) -> list[Group]:
+        if source in self.inputs.texts:
+            return batches.text_groups(self.format.tokenizer, self.inputs.texts[source], stage.row_tokens)
         judgments = self.judgments[source]
-        weights = batches.balanced_weights(judgments, len(self.instruction.scale), stage.balance)
+        weights = batches.balanced_weights(judgments, len(self.format.labels), stage.balance)
         extra = None
         if isinstance(stage, DistillStage):
             extra = [{"teacher_logprob": row} for row in np.load(self._teacher_file(source))]
@@ -249,7 +194,7 @@ class Recipe:
         if stage.arm == "rehearsal":
             practised = source(experts, [], mesh=self.mesh)
             experts = practised.own_right_answers(parameters)
-            run_log.say(f"rehearsal: the model answers {len(experts)} of {len(practised.judgments)} experts fully right")
+            run_log.say(f"rehearsal: the model answers {len(experts)} of {len(practised.judgments)} experts all right")
         rollouts = source(prompts, experts, reference=parameters if stage.kl else None, mesh=self.mesh)
         objective = stepwise_grpo.make_objective(
             clip_low=stage.clip_low, clip_high=stage.clip_high, kl=stage.kl > 0, token_weighted=stage.arm == "token"
@@ -279,7 +224,7 @@ class Recipe:
                 prompts = self.format.encode_prompts([(j.query, j.document) for j in self.judgments[source]])
                 found = label_logprobs(
                     self._parameters_after(teacher),
-                    self._shape("teacher"),
+                    self.inputs.shapes["teacher"],
                     prompts,
                     self.format.label_ids,
                     dtype=self.settings.dtype,
@@ -297,7 +242,7 @@ class Recipe:
     def _evaluated_stages(self) -> dict[str, str]:
         """Name in the report -> stage: the last SFT stage, the last RL stage, the last stage of the student."""
         found = {}
-        for name, stage in zip(self.settings.stage_names, self.settings.stages, strict=True):
+        for name, stage in self.stages.items():
             if stage.model == "teacher" and isinstance(stage, SFTStage | RLStage):
                 found["rl" if isinstance(stage, RLStage) else "sft"] = name
             elif stage.model == "student" and not isinstance(stage, TextStage):
@@ -305,14 +250,14 @@ class Recipe:
         return found
 
     def _evaluate(self, name: str, stage_name: str) -> Evaluated:
-        stage = dict(zip(self.settings.stage_names, self.settings.stages, strict=True))[stage_name]
+        stage = self.stages[stage_name]
         evaluation = self.settings.evaluation
         folder = self.run.path / "stages" / f"evaluate.{name}"
         if self.run.finished(folder.name) is None:
             began = time.monotonic()
             evaluated = evaluate_model(
                 self._parameters_after(stage_name),
-                self._shape(stage.model),
+                self.inputs.shapes[stage.model],
                 self.format,
                 test=self.judgments[evaluation.test],
                 calibration=self.judgments[evaluation.calibration],
@@ -332,13 +277,13 @@ class Recipe:
         seconds = {name: self.run.finished(name)["seconds"] for name in names}
         facts = {f"{name} (s)": f"{value:.0f}" for name, value in seconds.items()}
         for model in dict.fromkeys(stage.model for stage in self.settings.stages):
-            facts[f"{model} parameters"] = f"{self._shape(model).parameter_count:,}"
+            facts[f"{model} parameters"] = f"{self.inputs.shapes[model].parameter_count:,}"
         test, calibration = self.settings.evaluation.test, self.settings.evaluation.calibration
         facts["judged pairs"] = f"{len(self.judgments[test]):,} of data.{test}; calibrated on data.{calibration}"
         return write_report(
             self.run.path / "report",
             {name: each.predictions for name, each in evaluated.items()},
-            self.instruction,
+            self.format.instruction,
             title=self.settings.title or "AFRL run",
             records=read_log(self.run.path / "log.jsonl"),
             facts=facts,
@@ -350,13 +295,13 @@ class Recipe:
         """The last model evaluated becomes export/."""
         name, chosen = list(evaluated.items())[-1]
         stage_name = self._evaluated_stages()[name]
-        stage = dict(zip(self.settings.stage_names, self.settings.stages, strict=True))[stage_name]
+        stage = self.stages[stage_name]
 
         def export() -> dict[str, Any]:
             return export_model(
                 self.run.path / "export",
                 self._parameters_after(stage_name),
-                self._shape(stage.model),
+                self.inputs.shapes[stage.model],
                 self.format,
                 calibration=chosen.calibration,
                 threshold=chosen.threshold,

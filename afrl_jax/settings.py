@@ -197,9 +197,13 @@ def _check_models(settings: Settings) -> None:
         raise ValueError("teacher.cut: only the student is cut, from the teacher")
     if not settings.tokenizer and not settings.teacher.source:
         raise ValueError('tokenizer is empty and teacher.source too: give a source, or "train"')
+    if all(isinstance(stage, TextStage) for stage in settings.stages):
+        raise ValueError(f"stages {', '.join(settings.stage_names)}: none trains a grade, as sft, rl and distill do")
     for place, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
         if isinstance(stage, DistillStage) and ("teacher" not in trained[:place] or "teacher" in trained[place:]):
             raise ValueError(f"{name}: distillation comes after the teacher's last stage")
+        if stage.model == "student" and settings.student.cut and "teacher" not in trained[:place]:
+            raise ValueError(f"{name}: student.cut cuts the trained teacher, so a stage of the teacher comes first")
 
 
 def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
@@ -247,6 +251,8 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
         raise ValueError(f"{name}.rollouts.weights: {rollouts.weights} must be one of each for {', '.join(SEGMENTS)}")
     if stage.save_every % stage.updates:
         raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
+    if stage.arm == "rehearsal" and not stage.experts_from:
+        raise ValueError(f"{name}: arm 'rehearsal' needs experts_from, whose answers the model rehearses")
     if (stage.arm == "gated") != rollouts.gated:
         raise ValueError(f"{name}: arm 'gated' and rollouts.gated go together")
 

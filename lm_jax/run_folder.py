@@ -23,24 +23,11 @@ class RunFolder:
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
+        refuse_other_config(workdir, config)
         self.path = workdir
         workdir.mkdir(parents=True, exist_ok=True)
-        file = workdir / "config.json"
-        resolved = json.loads(json.dumps(config))
-        if file.exists():
-            before, now = _flatten(json.loads(file.read_text())), _flatten(resolved)
-            changed = [
-                f"  {key}: {before.get(key, '(absent)')!r} then, {now.get(key, '(absent)')!r} now"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key, "(absent)") != now.get(key, "(absent)")
-            ]
-            if changed:
-                raise ConfigChanged(
-                    f"{workdir} holds a run with another config; use another --workdir, or the same values:\n"
-                    + "\n".join(changed)
-                )
-        else:
-            write_atomically(file, json.dumps(resolved, indent=2) + "\n")
+        if not (workdir / "config.json").exists():
+            write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
 
     def checkpoints(self, stage: str) -> Path:
         """Where the checkpoints of a running stage are."""
@@ -71,6 +58,24 @@ class RunFolder:
             facts = make()
             self.finish(stage, facts)
         return facts
+
+
+def refuse_other_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raise ConfigChanged, naming every differing key with both values, where the folder holds another config's run."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    before, now = _flatten(json.loads(file.read_text())), _flatten(json.loads(json.dumps(config)))
+    changed = [
+        f"  {key}: {before.get(key, '(absent)')!r} then, {now.get(key, '(absent)')!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "(absent)") != now.get(key, "(absent)")
+    ]
+    if changed:
+        raise ConfigChanged(
+            f"{workdir} holds a run with another config; use another --workdir, or the same values:\n"
+            + "\n".join(changed)
+        )
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -12,7 +13,6 @@ from typing import TypeVar
 
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
 
 Item = TypeVar("Item")
 console = rich.console.Console(stderr=True, highlight=False)
@@ -22,8 +22,13 @@ class RunLog:
     """Appends one record a step to `workdir`/log.jsonl and to TensorBoard events in `workdir`/tensorboard."""
 
     def __init__(self, workdir: Path):
-        self._path = workdir / "log.jsonl"
-        self._events = SummaryWriter(str(workdir / "tensorboard"))
+        self._workdir, self._path = workdir, workdir / "log.jsonl"
+
+    @functools.cached_property
+    def _events(self):
+        from tensorboardX import SummaryWriter  # slow: it looks for torch
+
+        return SummaryWriter(str(self._workdir / "tensorboard"))
 
     def resume(self, stage: str, step: int) -> None:
         """Forget records of `stage` from `step` on and any half-written line: they will be written again."""
@@ -51,8 +56,9 @@ class RunLog:
                 self._events.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush the events."""
-        self._events.close()
+        """Flush the events, if there are any."""
+        if "_events" in self.__dict__:
+            self._events.close()
 
 
 def say(message: str) -> None:

@@ -1,0 +1,178 @@
+"""Everything a run reads, opened and checked before any work: data, tokenizer, answer format, model shapes, mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from afrl_jax.answer_format import AnswerFormat, plain_texts
+from afrl_jax.data import clips, sources
+from afrl_jax.schema import Instruction, Judgment
+from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
+from lm_jax.config import DecoderConfig
+from lm_jax.shape import evenly_spaced, shape_from_fields
+from lm_jax.tokenizer import Tokenizer, train_tokenizer
+from lm_jax.weights import read_source_config
+from sharding.mesh import make_mesh
+from sharding.rules import RULES
+
+TEXTS = "clips_text"  # the data format that holds texts; all others hold judgments
+BUILT_IN = ("clips", TEXTS)  # data formats that bring their own instruction
+TOKENIZER_TEXTS = 4000  # of each data set, that a tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the stages read. `shapes` has the models that some stage trains."""
+
+    judgments: Mapping[str, list[Judgment]]
+    texts: Mapping[str, list[str]]
+    format: AnswerFormat
+    shapes: Mapping[str, DecoderConfig]
+    mesh: Mesh | None
+
+
+def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
+    """Open what a config names. Writes nothing.
+
+    Args:
+        tokenizer_folder: where a run before this one left the tokenizer it trained; without it, one is trained.
+
+    Raises:
+        ValueError: names the key of the config, or the file, line and field of the data, and what would be right.
+        FileNotFoundError, ConnectionError: a file or a model is not there.
+    """
+    mesh = make_mesh(settings.mesh) if settings.mesh or jax.device_count() > 1 else None
+    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
+        _check_batch(name, stage, mesh)
+    instruction = settings.instruction or _built_in_instruction(settings)
+    judgments, texts = _open_data(settings, instruction)
+    if settings.tokenizer != "train":
+        tokenizer = Tokenizer.load(settings.tokenizer or settings.teacher.source)
+    elif tokenizer_folder.exists():
+        tokenizer = Tokenizer.load(tokenizer_folder)
+    else:
+        tokenizer = _train_tokenizer(settings, instruction, judgments, texts)
+    if tokenizer.eos is None:
+        raise ValueError("the tokenizer has no end-of-text token, which ends answers: tokenizer_config.json, eos_token")
+    format = AnswerFormat(
+        tokenizer, instruction, max_document_tokens=settings.max_document_tokens, show_rules=settings.show_rules
+    )
+    shapes: dict[str, DecoderConfig] = {}
+    for model in sorted({stage.model for stage in settings.stages}, reverse=True):  # the teacher first
+        shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
+    _check_rows(settings, format, judgments)
+    return Inputs(judgments, texts, format, shapes, mesh)
+
+
+def _check_batch(name: str, stage: Stage, mesh: Mesh | None) -> None:
+    """The mesh must divide the rows that it is given at once."""
+    parts = 1
+    for axis in RULES["batch"]:
+        parts *= mesh.shape[axis] if mesh else 1
+    given = {"rows / micro_batches": stage.rows // stage.micro_batches}
+    if isinstance(stage, RLStage):
+        rollouts = stage.rollouts
+        rows = rollouts.prompts + (0 if rollouts.gated else rollouts.expert_rows)
+        given = {
+            "rollouts.prompts": rollouts.prompts,
+            "(rollouts.prompts + rollouts.expert_rows) / micro_batches": rows // stage.micro_batches,
+        }
+    for key, rows in given.items():
+        if rows % parts:
+            raise ValueError(f"{name}: {key} is {rows}, which the mesh's {parts} parts of a batch must divide")
+
+
+def _built_in_instruction(settings: Settings) -> Instruction:
+    foreign = [name for name, source in settings.data.items() if source.get("format") not in BUILT_IN]
+    if foreign:
+        raise ValueError(f"the config has no `instruction`, which the data {', '.join(foreign)} need")
+    return clips.instruction()
+
+
+def _open_data(
+    settings: Settings, instruction: Instruction
+) -> tuple[dict[str, list[Judgment]], dict[str, list[str]]]:
+    """Judgments and texts by name, of every data set that a stage or the evaluation names."""
+    judged = {settings.evaluation.test, settings.evaluation.calibration}
+    read = set()
+    for stage in settings.stages:
+        if isinstance(stage, TextStage):
+            read.add(stage.texts)
+        elif isinstance(stage, RLStage):
+            judged |= {stage.prompts_from, stage.experts_from} - {""}
+        else:
+            texts = {source for source in stage.mixture if settings.data[source].get("format") == TEXTS}
+            read |= texts
+            judged |= stage.mixture.keys() - texts
+    found: tuple[dict, dict] = ({}, {})
+    for name in sorted(judged | read):
+        source = settings.data[name]
+        try:
+            if name in judged:
+                rows = found[0][name] = sources.open_judgments(source, instruction, settings.seed)
+            if name in read:
+                rows = found[1][name] = sources.open_texts(source, settings.seed)
+        except (ValueError, TypeError) as error:  # TypeError: an argument too many, too few, or of another type
+            raise ValueError(f"data.{name}: {error}") from error
+        if not rows:
+            raise ValueError(f"data.{name} is empty: {dict(source)}")
+    return found
+
+
+def _train_tokenizer(
+    settings: Settings,
+    instruction: Instruction,
+    judgments: Mapping[str, list[Judgment]],
+    texts: Mapping[str, list[str]],
+) -> Tokenizer:
+    corpus = [text for some in texts.values() for text in some[:TOKENIZER_TEXTS]]
+    for judgment in itertools.chain.from_iterable(rows[:TOKENIZER_TEXTS] for rows in judgments.values()):
+        corpus += plain_texts(judgment, instruction, show_rules=settings.show_rules)
+    return train_tokenizer(corpus, settings.vocabulary)
+
+
+def _shape(
+    model: str, settings: ModelSettings, tokenizer: Tokenizer, shapes: Mapping[str, DecoderConfig]
+) -> DecoderConfig:
+    try:
+        if settings.cut:
+            layers = evenly_spaced(shapes["teacher"].layers, settings.cut)
+            shape = dataclasses.replace(shapes["teacher"], layers=len(layers))
+        elif settings.source:
+            shape = read_source_config(settings.source)
+        else:
+            shape = shape_from_fields(settings.shape, tokenizer.vocab_size)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{model}: {error}") from error
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"{model}: vocab_size {shape.vocab_size} is below the tokenizer's, {tokenizer.vocab_size}")
+    return shape
+
+
+def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]) -> None:
+    """The longest pair of a stage must fit into its rows."""
+    longest: dict[str, tuple[int, Judgment]] = {}
+    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
+        if not isinstance(stage, SFTStage | DistillStage):
+            continue
+        for source in stage.mixture.keys() & judgments.keys():
+            if source not in longest:
+                prompts = format.encode_prompts([(judgment.query, judgment.document) for judgment in judgments[source]])
+                lengths = [
+                    len(prompt.tokens) + len(format.encode_answer(judgment)[0]) - 1
+                    for prompt, judgment in zip(prompts, judgments[source], strict=True)
+                ]
+                longest[source] = max(zip(lengths, judgments[source], strict=True), key=lambda pair: pair[0])
+            tokens, judgment = longest[source]
+            if tokens > stage.row_tokens:
+                raise ValueError(
+                    f"{name}.row_tokens: {stage.row_tokens} is too small: in data.{source}, query "
+                    f"{judgment.query.query_id!r} with document {judgment.document.doc_id!r} and its answer has "
+                    f"{tokens} tokens; max_document_tokens ({settings.max_document_tokens}) cuts documents"
+                )
