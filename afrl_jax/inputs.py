@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from afrl_jax.answer_format import AnswerFormat, plain_texts
 from afrl_jax.data import clips, sources
-from afrl_jax.schema import Instruction, Judgment
+from afrl_jax.schema import DomainText, Instruction, Judgment
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
 from lm_jax.config import DecoderConfig
 from lm_jax.shape import evenly_spaced, shape_from_fields
@@ -31,7 +31,7 @@ class Inputs:
     """What the stages read. `shapes` has the models that some stage trains."""
 
     judgments: Mapping[str, list[Judgment]]
-    texts: Mapping[str, list[str]]
+    texts: Mapping[str, list[DomainText]]
     format: AnswerFormat
     shapes: Mapping[str, DecoderConfig]
     mesh: Mesh | None
@@ -97,7 +97,7 @@ def _built_in_instruction(settings: Settings) -> Instruction:
 
 def _open_data(
     settings: Settings, instruction: Instruction
-) -> tuple[dict[str, list[Judgment]], dict[str, list[str]]]:
+) -> tuple[dict[str, list[Judgment]], dict[str, list[DomainText]]]:
     """Judgments and texts by name, of every data set that a stage or the evaluation names."""
     judged = {settings.evaluation.test, settings.evaluation.calibration}
     read = set()
@@ -129,9 +129,9 @@ def _train_tokenizer(
     settings: Settings,
     instruction: Instruction,
     judgments: Mapping[str, list[Judgment]],
-    texts: Mapping[str, list[str]],
+    texts: Mapping[str, list[DomainText]],
 ) -> Tokenizer:
-    corpus = [text for some in texts.values() for text in some[:TOKENIZER_TEXTS]]
+    corpus = [text.text for some in texts.values() for text in some[:TOKENIZER_TEXTS]]
     for judgment in itertools.chain.from_iterable(rows[:TOKENIZER_TEXTS] for rows in judgments.values()):
         corpus += plain_texts(judgment, instruction, show_rules=settings.show_rules)
     return train_tokenizer(corpus, settings.vocabulary)

@@ -118,7 +118,9 @@ class Recipe:
             schedule=stage.schedule,
             final=stage.final_learning_rate,
         )
-        transformation = optimizer.make_optimizer(config, schedule, weight_decay=stage.weight_decay, clip=stage.clip)
+        transformation = optimizer.make_optimizer(
+            config, schedule, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip
+        )
         step = train_state.make_step(
             config,
             objective,

@@ -61,7 +61,7 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judgment:
-    """One judged pair. `grade` indexes `Scale.labels`; `rules` are all rules that justify the grade, deciding rule first."""
+    """One judged pair: `grade` indexes `Scale.labels`, `rules` are all that justify it, the deciding rule first."""
 
     query: Query
     document: Document
@@ -69,6 +69,22 @@ class Judgment:
     explanation: Explanation | None = None
     rules: tuple[int, ...] = ()
     weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DomainText:
+    """Text of the domain, for language modelling: `pieces` are by turns given and learned, given first.
+
+    Only learned pieces are predicted. What follows from the text before it is worth predicting ("in spanish?" after a
+    card that says so); the card itself is random, and predicting it would bury the one gradient under the other.
+    """
+
+    pieces: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All pieces joined."""
+        return "".join(self.pieces)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from afrl_jax.rollouts import RolloutSettings
 from afrl_jax.schema import Instruction, Rule, Scale
 from afrl_jax.stepwise_grpo import LAMBDA_ARMS
 from lm_jax.decoder import REMAT
-from lm_jax.optimizer import SCHEDULES
+from lm_jax.optimizer import OPTIMIZERS, SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Stage:
     row_tokens: int = 256
     branches_together: int = 4  # documents of a query that share one copy of instruction and query in a row
     micro_batches: int = 1
+    optimizer: str = "adamw"  # or "muon", for models from scratch
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps

@@ -11,9 +11,9 @@ def get_config() -> ConfigDict:
     """Teacher of 2.2 million parameters, student of a quarter of that."""
     shape = {
         "family": "qwen3", "embed": 192, "layers": 5, "query_heads": 3, "kv_heads": 1, "head_size": 64, "ffn": 512,
-        "qk_norm": True,
+        "qk_norm": True, "rope_theta": 1e6, "initializer_range": 0.06,
     }  # fmt: skip
-    rows = {"row_tokens": 256, "branches_together": 4, "save_every": 200}
+    rows = {"rows": 8, "row_tokens": 256, "branches_together": 4, "optimizer": "muon", "save_every": 200}
     clips = {"format": "clips", "documents_per_query": 8}
     return ConfigDict(
         {
@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
                 "dev": {**clips, "split": "test", "queries": 200},
             },
             "stages": ("text", "sft", "rl", "student_text", "distill"),
-            "text": {"kind": "text", "texts": "texts", "steps": 1000, "rows": 8, "learning_rate": 4e-3, **rows},
+            "text": {"kind": "text", "texts": "texts", "steps": 800, "learning_rate": 5e-3, **rows},
             "sft": {
-                "kind": "sft", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1000, "rows": 8, "learning_rate": 2e-3,
+                "kind": "sft", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1200, "learning_rate": 3e-3,
                 **rows,
             },
             "rl": {
@@ -44,12 +44,12 @@ def get_config() -> ConfigDict:
                 "rollouts": {"prompts": 8, "group": 8, "max_new_tokens": 64, "expert_rows": 4},
             },
             "student_text": {
-                "kind": "text", "model": "student", "texts": "texts", "steps": 600, "rows": 8, "learning_rate": 4e-3,
+                "kind": "text", "model": "student", "texts": "texts", "steps": 600, "learning_rate": 5e-3,
                 **rows,
             },
             "distill": {
-                "kind": "distill", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1000, "rows": 8,
-                "learning_rate": 2e-3, **rows,
+                "kind": "distill", "mixture": {"train": 0.8, "texts": 0.2}, "steps": 1000,
+                "learning_rate": 3e-3, **rows,
             },
             "evaluation": {"explained_pairs": 256, "max_new_tokens": 64},
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from afrl_jax.answer_format import LABEL, AnswerFormat
-from afrl_jax.schema import Judgment
+from afrl_jax.schema import DomainText, Judgment
 from lm_jax.rows import Batch, Branch, Group, RowShape, plan_rows, render_row, stack
 from lm_jax.tokenizer import Tokenizer
 
@@ -71,19 +72,21 @@ def judgment_groups(
     return list(groups.values())
 
 
-def text_groups(tokenizer: Tokenizer, texts: Iterable[str], row_tokens: int) -> list[Group]:
-    """Domain texts for the language-modelling stage: no trunk, every token but the first is predicted.
+def text_groups(tokenizer: Tokenizer, texts: Sequence[DomainText], row_tokens: int) -> list[Group]:
+    """Domain texts for the language-modelling stage: no trunk; learned pieces and the end of text are predicted.
 
-    A text longer than a row goes on in another one.
+    Pieces are tokenized apart, as the parts of a prompt are. A text longer than a row goes on in another one.
     """
     groups = []
-    for tokens in tokenizer.encode_batch(list(texts)):
-        ids = np.array([*tokens, tokenizer.eos], np.int32)
+    encoded = iter(tokenizer.encode_batch([piece for text in texts for piece in text.pieces]))
+    for text in texts:
+        pieces = list(itertools.islice(encoded, len(text.pieces)))
+        ids = np.array([*itertools.chain.from_iterable(pieces), tokenizer.eos], np.int32)
+        learned = np.repeat([*(number % 2 for number in range(len(pieces))), 1], [*map(len, pieces), 1])
         for start in range(0, len(ids) - 1, row_tokens):
-            piece = ids[start : start + row_tokens + 1]
-            ones = np.ones(len(piece) - 1, np.float32)
+            piece, weight = (values[start : start + row_tokens + 1] for values in (ids, learned.astype(np.float32)))
             segments = np.full(len(piece) - 1, LABEL + 1, np.int32)
-            branch = Branch(piece[:-1], piece[1:], segments, {"explanation_weight": ones})
+            branch = Branch(piece[:-1], piece[1:], segments, {"explanation_weight": weight[1:]})
             groups.append(Group(np.zeros(0, np.int32), [branch]))
     return groups
 

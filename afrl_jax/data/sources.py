@@ -16,7 +16,7 @@ from typing import Any
 
 from afrl_jax.data import clips
 from afrl_jax.data.readers import read_judgments
-from afrl_jax.schema import Instruction, Judgment
+from afrl_jax.schema import DomainText, Instruction, Judgment
 
 
 def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: int) -> list[Judgment]:
@@ -31,7 +31,7 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
     return [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
 
 
-def open_texts(source: Mapping[str, Any], seed: int) -> list[str]:
+def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
     """The domain texts of a source; only clips has a generator of its own."""
     arguments = dict(source)
     if arguments.pop("format", None) != "clips_text":

@@ -16,18 +16,21 @@ from afrl_jax.data.batches import (
     sft_row_shape,
     text_groups,
 )
+from afrl_jax.schema import DomainText
 from lm_jax.rows import RowShape
 from lm_jax.tokenizer import train_tokenizer
 
 INSTRUCTION = clips.instruction()
 JUDGMENTS = list(clips.judgments(0, "train", 12, 6))
-TEXTS = [f"text number {number} about robots and chess" * (1 + number % 4) for number in range(10)]
+TEXTS = [
+    DomainText((f"text number {number} is", " about robots and chess" * (1 + number % 4))) for number in range(10)
+]
 
 
 @pytest.fixture(scope="module")
 def format() -> AnswerFormat:
     texts = [text for judgment in JUDGMENTS for text in plain_texts(judgment, INSTRUCTION, show_rules=False)]
-    return AnswerFormat(train_tokenizer(texts + TEXTS, 500), INSTRUCTION, show_rules=False)
+    return AnswerFormat(train_tokenizer(texts + [text.text for text in TEXTS], 500), INSTRUCTION, show_rules=False)
 
 
 def epoch(dataset, rows: int, batches: int) -> list[dict[str, np.ndarray]]:
@@ -133,19 +136,24 @@ def test_a_mixture_takes_rows_by_share(format, share):
     assert np.mean([not row["label_unit"].any() for row in rows]) == pytest.approx(share, abs=0.02)
 
 
-def test_texts_are_predicted_whole_and_long_ones_go_on_in_another_row(format):
-    texts = ["robots", "chess and robots " * 30]
-    encoded = [[*format.tokenizer.encode(text), format.tokenizer.eos] for text in texts]
+def test_learned_pieces_are_predicted_and_long_texts_go_on_in_another_row(format):
+    texts = [DomainText(("robots", " and chess", "; chess", " and robots")), DomainText(("", "chess and robots " * 30))]
+    pieces = [[format.tokenizer.encode(piece) for piece in text.pieces] for text in texts]
+    encoded = [[*itertools.chain(*some), format.tokenizer.eos] for some in pieces]
     groups = text_groups(format.tokenizer, texts, 20)
-    pieces = [(branch.inputs.tolist(), branch.targets.tolist()) for group in groups for branch in group.branches]
-    assert all(len(inputs) == len(targets) <= 20 for inputs, targets in pieces)
-    targets = [token for _, piece in pieces for token in piece]
-    assert targets == encoded[0][1:] + encoded[1][1:]
-    assert [token for inputs, _ in pieces[1:] for token in inputs] == encoded[1][:-1]
+    branches = [branch for group in groups for branch in group.branches]
+    assert all(len(branch.inputs) == len(branch.targets) <= 20 for branch in branches)
+    assert [token for branch in branches for token in branch.targets.tolist()] == encoded[0][1:] + encoded[1][1:]
+    assert [token for branch in branches[1:] for token in branch.inputs.tolist()] == encoded[1][:-1]
+    weight = branches[0].token_values["explanation_weight"]
+    given, learned, given_again, learned_again = map(len, pieces[0])
+    expected = [0] * (given - 1) + [1] * learned + [0] * given_again + [1] * (learned_again + 1)
+    assert weight.tolist() == expected
+    assert all(branch.token_values["explanation_weight"].all() for branch in branches[1:])
     shape = sft_row_shape(groups, 20, 4)
     assert shape.targets == 20
     batch = row_batches([(groups, 1.0)], shape, rows=len(groups), branches_together=1, seed=0)[0]
-    np.testing.assert_array_equal(batch["explanation_weight"], batch["segment"] >= 0)
+    assert batch["explanation_weight"].sum() == sum(expected) + len(encoded[1]) - 1
     assert not batch["label_unit"].any()
 
 

@@ -214,7 +214,7 @@ def test_texts_are_compact_and_the_vocabulary_is_closed(natural):
         vocabulary.update(re.findall(r"\w+", " ".join((query, card, *explanation.need, *explanation.facts))))
     assert 400 < len(vocabulary) < 900
     for text in clips.domain_texts(0, "train", 300):
-        vocabulary.update(re.findall(r"\w+", text))
+        vocabulary.update(re.findall(r"\w+", text.text))
     assert len(vocabulary) < 900
 
 
@@ -225,7 +225,8 @@ def test_instruction_is_short():
 
 
 def test_domain_texts_show_a_clip_as_prompts_do():
-    text = next(text for text in clips.domain_texts(0, "train", 10) if text.startswith("Document: "))
+    texts = (text.text for text in clips.domain_texts(0, "train", 10))
+    text = next(text for text in texts if text.startswith("Document: "))
     lines = [line for line in text.split("\n") if not re.search(r"\? .*, \w+$", line)]
     fields = dict(line.split(": ", 1) for line in lines[1:])
     document = Document(doc_id="", title=lines[0].removeprefix("Document: "), fields=fields)
@@ -233,9 +234,13 @@ def test_domain_texts_show_a_clip_as_prompts_do():
 
 
 def test_domain_texts_are_checks_and_needs_that_hold():
-    texts = list(clips.domain_texts(0, "dev", 300))
-    assert texts == list(clips.domain_texts(0, "dev", 300)) and texts[:50] == list(clips.domain_texts(0, "dev", 50))
-    assert texts != list(clips.domain_texts(1, "dev", 300))
+    drawn = list(clips.domain_texts(0, "dev", 300))
+    assert drawn == list(clips.domain_texts(0, "dev", 300)) and drawn[:50] == list(clips.domain_texts(0, "dev", 50))
+    assert drawn != list(clips.domain_texts(1, "dev", 300))
+    texts = [text.text for text in drawn]
+    learned = re.compile(r"(?:Match|Doc|Need):(.*)|\?( .*, \w+)$", re.MULTILINE)
+    for text in drawn:
+        assert [a + b for a, b in learned.findall(text.text)] == [piece.rstrip("\n") for piece in text.pieces[1::2]]
     checks = [text for text in texts if text.startswith("Document: ")]
     queries = [text for text in texts if "\nNeed: " in text]
     matches = [text for text in texts if "\nMatch: " in text]
