@@ -130,7 +130,7 @@ class Recipe:
             dtype=self.settings.dtype,
             remat=self.settings.remat,
         )
-        if isinstance(stage, RLStage):
+        if isinstance(stage, RLStage) and stage.kl:
             parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them; the reference stays
         state = fit(
             stage=name,

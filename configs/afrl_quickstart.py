@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
             "teacher": {"shape": shape},
             "student": {"shape": {**shape, "embed": 128, "layers": 3, "query_heads": 2, "ffn": 320}},
             "data": {
-                "texts": {"format": "clips_text", "split": "train", "texts": 20000},
-                "train": {**clips, "split": "train", "queries": 4000, "rule_balance": 0.3},
+                "texts": {"format": "clips_text", "split": "train", "texts": 14000},
+                "train": {**clips, "split": "train", "queries": 2400, "rule_balance": 0.3},
                 "practice": {**clips, "split": "train", "queries": 500},
                 "expert": {**clips, "split": "train", "queries": 500, "rule_balance": 1.0},
                 "calibration": {**clips, "split": "dev", "queries": 100},
