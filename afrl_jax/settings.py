@@ -1,7 +1,7 @@
 """What a config may say, with types and defaults: read once, every unknown key and wrong value named, before any work.
 
 A config has the top-level keys of `Settings`. `stages` names the training stages in order; each name is a top-level key
-too, whose `kind` decides which of the stage dataclasses below reads it.
+too, whose `kind` decides which of the stage dataclasses below reads it. A stage that `stages` does not name is left out.
 """
 
 from __future__ import annotations
@@ -154,15 +154,18 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError("stages is empty: it names the training stages in order")
     if len(set(names)) < len(names) or not {field.name for field in dataclasses.fields(Settings)}.isdisjoint(names):
         raise ValueError(f"stages {', '.join(names)}: a name must be given once and not be a key with another meaning")
-    _refuse_unknown(config, {field.name for field in dataclasses.fields(Settings)} - {"stage_names"} | set(names), "")
-    stages = []
-    for name in names:
+    spare = [name for name, value in config.items() if isinstance(value, Mapping) and "kind" in value]
+    keys = {field.name for field in dataclasses.fields(Settings)} - {"stage_names"}
+    _refuse_unknown(config, {*keys, *names, *spare}, "")
+    stages = {}
+    for name in dict.fromkeys((*names, *spare)):
         if name not in config:
             raise ValueError(f"stages names {name!r}, but the config has no key {name!r}")
         values = _typed(config.pop(name), Mapping[str, Any], name)
         _one_of(f"{name}.kind", values.get("kind"), STAGES)
-        stages.append(_read(STAGES[values["kind"]], values, f"{name}."))
-    settings = _read(Settings, config, "", stages=tuple(stages), stage_names=names, instruction=instruction)
+        stages[name] = _read(STAGES[values["kind"]], values, f"{name}.")
+    used = tuple(stages[name] for name in names)
+    settings = _read(Settings, config, "", stages=used, stage_names=names, instruction=instruction)
     _check_models(settings)
     for name, stage in zip(names, settings.stages, strict=True):
         _check_stage(name, stage, settings)
