@@ -123,7 +123,7 @@ def transformers_probabilities(
     causal = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     labels = list(format.label_ids)
     with torch.no_grad():
-        of_causal = [causal(prompt).logits[0, -1, labels].softmax(-1).numpy() for prompt in prompts]
+        of_causal = [causal(prompt, logits_to_keep=1).logits[0, -1, labels].softmax(-1).numpy() for prompt in prompts]
     del causal  # one of the two in memory at a time
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder / CLASSIFIER, dtype=torch.float32

@@ -47,12 +47,13 @@ def render(title: str, config: DecoderConfig, format: AnswerFormat, description:
 
 
 def _figures(figures: Mapping[str, float]) -> str:
-    """Rows of the table; a metric's interval stands under "metric/low" and "metric/high"."""
+    """Rows of the table; a metric's interval stands under "metric/low" and "metric/high". Single rules are left out."""
     if not figures:
         return "No figures were measured."
     rows = ["| metric | value | 95% interval |", "|---|---|---|"]
     for name, value in figures.items():
-        if name.endswith(("/low", "/high")):
+        last = name.rpartition("/")[2]
+        if last in ("low", "high") or last.isdigit():
             continue
         low, high = figures.get(f"{name}/low"), figures.get(f"{name}/high")
         interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
