@@ -1,7 +1,7 @@
 """What a config may say, with types and defaults: read once, every unknown key and wrong value named, before any work.
 
 A config has the top-level keys of `Settings`. `stages` names the training stages in order; each name is a top-level key
-too, whose `kind` decides which of the stage dataclasses below reads it. A stage that `stages` does not name is left out.
+too, whose `kind` decides which of the stage dataclasses below reads it. A stage that `stages` does not name is not run.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ def _check_models(settings: Settings) -> None:
 def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
     _one_of(f"{name}.model", stage.model, ("teacher", "student"))
     _one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
+    _one_of(f"{name}.optimizer", stage.optimizer, OPTIMIZERS)
     counts = ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every")
     _at_least(1, f"{name}.", stage, *counts)
     for key in ("learning_rate", "clip"):
