@@ -3,7 +3,8 @@
   python -m afrl_jax.score --model=runs/quickstart/export --input=pairs.jsonl --output=scores.jsonl
 
     in   {"query_id": "q1", "query": "chess for kids", "doc_id": "d7", "title": "Chess openings"}
-    out  {"query_id": "q1", "doc_id": "d7", "grade": "3", "expected_grade": 2.6, "probabilities": [0, 0.1, 0.2, 0.7]}
+    out  {"query_id": "q1", "doc_id": "d7", "grade": "3", "expected_grade": 2.6, "probabilities": [0, 0.1, 0.2, 0.7],
+          "calibrated_probabilities": [0, 0.1, 0.2, 0.7]}
 
 A row in has `query`, optionally `context`, and the document: `title` and/or `text`, or `document`, a text or an object
 {title, text, further fields}. Any other field, ids first of all, is carried to the row out. The input may also be
@@ -11,14 +12,15 @@ A row in has `query`, optionally `context`, and the document: `title` and/or `te
 
 A row out has
   grade                the decided label of the scale
-  expected_grade       sum of grade * probability, in the scale's own numbers ("1".."4": 1 to 4), or, where a label is
-                       no number, in places on the scale, 0 for the least relevant
-  probabilities        calibrated, in the order of the scale, least relevant first
+  expected_grade       sum of grade * calibrated probability, in the scale's own numbers ("1".."4": 1 to 4), or, where a
+                       label is no number, in places on the scale, 0 for the least relevant
+  probabilities        the model's softmax over the label tokens, in the order of the scale, least relevant first
+  calibrated_probabilities   the same after the model's calibration, which grade and expected_grade are read from;
+                       without relevance.json there is none and they are equal
 
-With --include_prompt_ids also what anybody needs to check the numbers with another program:
+With --include_prompt_ids also what anybody needs to check `probabilities` with another program:
   prompt_ids           the exact tokens scored; the next token is the grade
   label_token_ids      the token of each label
-  label_probabilities  the softmax over these tokens, before calibration; without relevance.json equal to probabilities
 
 Any Hugging Face causal model works, zero-shot with a default task and scale (0 irrelevant .. 3 perfectly relevant):
 
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
     from afrl_jax.scoring import RelevanceModel
 
 CHUNK = 512  # pairs in memory at a time
-OUTPUTS = ("grade", "expected_grade", "probabilities")
-PROMPT_OUTPUTS = ("prompt_ids", "label_token_ids", "label_probabilities")
+OUTPUTS = ("grade", "expected_grade", "probabilities", "calibrated_probabilities")
+PROMPT_OUTPUTS = ("prompt_ids", "label_token_ids")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,16 +116,14 @@ def score_chunks(
     while chunk := list(itertools.islice(pairs, CHUNK)):
         asked = [(pair.query, pair.document) for pair in chunk]
         logprobs = model.label_logprobs(asked)
-        probabilities = model.calibration.apply(logprobs)
+        calibrated = model.calibration.apply(logprobs)
         rows = [
-            {**pair.carried, "grade": labels[grade], "expected_grade": float(p @ values), "probabilities": p.tolist()}
-            for pair, grade, p in zip(chunk, model.grades(probabilities), probabilities, strict=True)
+            {**pair.carried, **dict(zip(OUTPUTS, (labels[grade], float(c @ values), p.tolist(), c.tolist()), strict=True))}
+            for pair, grade, p, c in zip(chunk, model.grades(calibrated), raw.apply(logprobs), calibrated, strict=True)
         ]
         if include_prompt_ids:
-            prompts = model.format.encode_prompts(asked)
-            for row, prompt, p in zip(rows, prompts, raw.apply(logprobs), strict=True):
-                values_of_prompt = prompt.tokens.tolist(), list(model.format.label_ids), p.tolist()
-                row |= dict(zip(PROMPT_OUTPUTS, values_of_prompt, strict=True))
+            for row, prompt in zip(rows, model.format.encode_prompts(asked), strict=True):
+                row |= dict(zip(PROMPT_OUTPUTS, (prompt.tokens.tolist(), list(model.format.label_ids)), strict=True))
         yield rows
 
 

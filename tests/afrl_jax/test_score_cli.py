@@ -77,9 +77,9 @@ def test_rows_keep_their_order_and_fields_and_get_calibrated_scores(export, tmp_
     folder, model = export
     out = run(tmp_path, folder, ROWS)
     assert [list(row) for row in out] == [
-        ["query_id", "doc_id", "grade", "expected_grade", "probabilities"],
-        ["note", "grade", "expected_grade", "probabilities"],
-        ["grade", "expected_grade", "probabilities"],
+        ["query_id", "doc_id", "grade", "expected_grade", "probabilities", "calibrated_probabilities"],
+        ["note", "grade", "expected_grade", "probabilities", "calibrated_probabilities"],
+        ["grade", "expected_grade", "probabilities", "calibrated_probabilities"],
     ]
     assert out[0]["query_id"] == 7 and out[0]["doc_id"] == "d1" and out[1]["note"] == ["ñ", 1.5, None]
     asked = [
@@ -87,10 +87,11 @@ def test_rows_keep_their_order_and_fields_and_get_calibrated_scores(export, tmp_
         ("robots", "Sourdough at home"),
     ]
     expected = model.predict_proba(asked)
-    np.testing.assert_allclose([row["probabilities"] for row in out[:2]], expected, atol=1e-5)
+    np.testing.assert_allclose([row["calibrated_probabilities"] for row in out[:2]], expected, atol=1e-5)
     for row in out:
-        assert row["expected_grade"] == pytest.approx(np.dot(row["probabilities"], [1, 2, 3]))  # labels are 1, 2, 3
-        at_least = np.cumsum(row["probabilities"][::-1])[::-1]
+        probabilities = row["calibrated_probabilities"]
+        assert row["expected_grade"] == pytest.approx(np.dot(probabilities, [1, 2, 3]))  # labels are 1, 2, 3
+        at_least = np.cumsum(probabilities[::-1])[::-1]
         assert row["grade"] == str(max(c for c in (1, 2, 3) if c == 1 or at_least[c - 1] >= 0.4))
 
 
@@ -102,9 +103,9 @@ def test_prompt_ids_scored_again_by_transformers_give_the_same_numbers(export, t
     for row in out:
         with torch.no_grad():
             logits = causal(torch.tensor([row["prompt_ids"]])).logits[0, -1, row["label_token_ids"]]
-        np.testing.assert_allclose(logits.softmax(-1).numpy(), row["label_probabilities"], atol=1e-5)
+        np.testing.assert_allclose(logits.softmax(-1).numpy(), row["probabilities"], atol=1e-5)
         calibrated = (logits.double().log_softmax(-1) / 0.8 + torch.tensor([0.3, 0, -0.2])).softmax(-1)
-        np.testing.assert_allclose(calibrated.numpy(), row["probabilities"], atol=1e-5)
+        np.testing.assert_allclose(calibrated.numpy(), row["calibrated_probabilities"], atol=1e-5)
         assert [tokenizer.decode([token]).strip() for token in row["label_token_ids"]] == ["1", "2", "3"]
     text = tokenizer.decode(out[2]["prompt_ids"])
     assert text.endswith("\nQuery: robots\nContext: chess\nDocument: robots\nat home\nminutes: 24\nGrade: ")
@@ -119,7 +120,7 @@ def test_any_causal_model_is_asked_zero_shot(causal, tmp_path):
         with torch.no_grad():
             logits = model(torch.tensor([row["prompt_ids"]])).logits[0, -1, row["label_token_ids"]]
         np.testing.assert_allclose(logits.softmax(-1).numpy(), row["probabilities"], atol=1e-5)
-        np.testing.assert_allclose(row["label_probabilities"], row["probabilities"], atol=1e-7)
+        np.testing.assert_allclose(row["calibrated_probabilities"], row["probabilities"], atol=1e-7)
 
 
 def test_a_zero_shot_scale_without_numbers_counts_places(causal, tmp_path):
