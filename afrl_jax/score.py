@@ -116,10 +116,11 @@ def score_chunks(
     while chunk := list(itertools.islice(pairs, CHUNK)):
         asked = [(pair.query, pair.document) for pair in chunk]
         logprobs = model.label_logprobs(asked)
-        calibrated = model.calibration.apply(logprobs)
+        own, calibrated = raw.apply(logprobs), model.calibration.apply(logprobs)
+        grades = [labels[grade] for grade in model.grades(calibrated)]
+        written = zip(grades, (calibrated @ values).tolist(), own.tolist(), calibrated.tolist(), strict=True)
         rows = [
-            {**pair.carried, **dict(zip(OUTPUTS, (labels[grade], float(c @ values), p.tolist(), c.tolist()), strict=True))}
-            for pair, grade, p, c in zip(chunk, model.grades(calibrated), raw.apply(logprobs), calibrated, strict=True)
+            {**pair.carried, **dict(zip(OUTPUTS, row, strict=True))} for pair, row in zip(chunk, written, strict=True)
         ]
         if include_prompt_ids:
             for row, prompt in zip(rows, model.format.encode_prompts(asked), strict=True):
