@@ -114,6 +114,8 @@ def _open_data(
     for name in sorted(judged | read):
         source = settings.data[name]
         try:
+            if source.get("format") == "clips" and len(instruction.scale) != len(clips.instruction().scale):
+                raise ValueError(f"clips are not graded on the scale of the instruction, {instruction.scale.labels}")
             if name in judged:
                 rows = found[0][name] = sources.open_judgments(source, instruction, settings.seed)
             if name in read:

@@ -29,9 +29,8 @@ from typing import Any
 
 from lm_jax.config_file import read_config
 
-
-class Stopped(BaseException):
-    """The process was asked to end by the signal of this number."""
+STOPPED = "stopped; the same command continues from the newest checkpoint\n"
+SHOW_CURSOR = "\x1b[?25h\n"  # the progress bar hides it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,14 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "afrl_jax"))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    try:
-        _run(parser, config, parsed.workdir)
-    except Stopped as stopped:
-        parser.exit(128 + stopped.args[0], "stopped; the same command continues from the newest checkpoint\n")
+    _run(parser, config, parsed.workdir)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
+    """End at once, as a kill would, which every part of a run survives; an exception might be caught on its way."""
+    os.write(2, ((SHOW_CURSOR if os.isatty(2) else "") + STOPPED).encode())
+    os._exit(128 + number)
 
 
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:
