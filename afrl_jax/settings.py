@@ -274,11 +274,12 @@ def _instruction(values: Any) -> Instruction | None:
     if values is None:
         return None
     fields = _typed(values, _InstructionFields, "instruction")
+    scale = Scale(fields.labels, fields.meanings)
     for number, _, grades in fields.rules:
         if not set(grades) <= set(range(len(fields.labels))):
             raise ValueError(f"instruction.rules: rule {number} has grades {grades} of {len(fields.labels)} labels")
     rules = tuple(Rule(number, text, grades) for number, text, grades in fields.rules)
-    return Instruction(fields.task, Scale(fields.labels, fields.meanings), rules)
+    return Instruction(fields.task, scale, rules)
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: typing.Collection[str], prefix: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import SingleDeviceSharding
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every file it writes
 
@@ -57,4 +58,6 @@ def load_tree(folder: Path, like: Any) -> Any:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    """Shape, dtype and place of `x`; without a place, the first device (not where it lay when it was written)."""
+    place = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

@@ -43,9 +43,9 @@ def make_optimizer(
     """AdamW (Loshchilov & Hutter 2019), or Muon; weight decay leaves norms and biases alone.
 
     "muon" (Jordan et al. 2024) orthogonalizes the updates of the layers' matrices, scaled to the size of AdamW's
-    (Liu et al. 2025, arXiv 2502.16982), and leaves all else to AdamW. It is for models trained from scratch: the
-    quickstart's teacher reaches the same loss with half the tokens or fewer. Fine-tuning keeps the pretrained model's
-    AdamW.
+    (Liu et al. 2025, arXiv 2502.16982), and leaves all else to AdamW with Nesterov momentum. It is for models trained
+    from scratch: the quickstart's teacher reaches the same loss with half the tokens or fewer. Fine-tuning keeps the
+    pretrained model's AdamW.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {kind!r}; known are {', '.join(OPTIMIZERS)}")
@@ -58,14 +58,10 @@ def make_optimizer(
             first_output = 1 + row.inputs
             inputs, outputs = range(1, first_output), range(first_output, len(row.shape))
             axes[name] = optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if row.matrix else None
-        update = optax.contrib.muon(
-            schedule,
-            weight_decay=weight_decay,
-            weight_decay_mask=mask,
-            adam_b1=b1,
-            adam_b2=b2,
-            adam_weight_decay=weight_decay,
-            muon_weight_dimension_numbers=axes,
-            consistent_rms=0.2,
+        # Rate -1 leaves the direction as it is; optax's own decay would reach norms and biases, its Adam part.
+        direction = optax.contrib.muon(
+            -1.0, adam_b1=b1, adam_b2=b2, eps=epsilon, muon_weight_dimension_numbers=axes, consistent_rms=0.2
         )
+        decay = optax.add_decayed_weights(weight_decay, mask)
+        update = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
     return optax.chain(optax.clip_by_global_norm(clip), update)

@@ -89,7 +89,7 @@ def make_step(
         gradient, metrics = gradients(state.parameters, batch, coefficients)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return Step(update, jax.jit(gradients))

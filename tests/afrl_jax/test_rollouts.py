@@ -15,7 +15,7 @@ from lm_jax import optimizer, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.parameters import initialize
-from lm_jax.sample import Samples
+from lm_jax.sample import Samples, sample
 from lm_jax.tokenizer import train_tokenizer
 
 INSTRUCTION = clips.instruction()
@@ -252,11 +252,11 @@ def test_rehearsal_keeps_the_answers_that_are_fully_right(format, monkeypatch):
     texts[2] = texts[2].replace("Rule", "rule")
     calls = []
 
-    def sample(parameters, rows, step, group):
+    def draw(parameters, rows, step, group):
         calls.append(list(rows))
         return answers_of(format, drawn, [[texts[row]] for row in rows])
 
-    monkeypatch.setattr(drawn, "sample", sample)
+    monkeypatch.setattr(drawn, "sample", draw)
     kept = drawn.own_right_answers(None, rows=2)
     assert calls == [[0, 1], [2, 3], [4, 4]]
     assert [judgment.query for judgment in kept] == [JUDGMENTS[i].query for i in (0, 3, 4)]
@@ -271,11 +271,26 @@ def test_rehearsal_of_bare_judgments_keeps_right_labels(format, monkeypatch):
     drawn = source(format, BARE[:3], [])
     labels = [str(BARE[0].grade), wrong(BARE[1]), str(BARE[2].grade)]
 
-    def sample(parameters, rows, step, group):
+    def draw(parameters, rows, step, group):
         return answers_of(format, drawn, [[labels[row]] for row in rows])
 
-    monkeypatch.setattr(drawn, "sample", sample)
+    monkeypatch.setattr(drawn, "sample", draw)
     assert drawn.own_right_answers(None, rows=2) == [BARE[0], BARE[2]]
+
+
+def test_a_stage_compiles_sampling_scoring_and_the_step_once(format):
+    config, parameters = model(format.tokenizer.vocab_size)
+    drawn = source(format, reference=parameters, group=3)
+    transformation = optimizer.make_optimizer(config, lambda step: 1e-3, weight_decay=0.0, clip=1.0)
+    step = train_state.make_step(config, make_objective(kl=True), transformation, label_ids=format.label_ids)
+    state = train_state.create({name: x.copy() for name, x in parameters.items()}, transformation)
+    compiled = sample._cache_size()
+    for number in range(4):
+        batch, _ = drawn.batch(state, number)
+        weights = dict.fromkeys(("policy", "exact", "sft/label", "sft/explanation", "kl"), 1.0 / (1 + number))
+        state, metrics = step.update(state, batch, weights)
+        assert np.isfinite(metrics["loss"])
+    assert sample._cache_size() - compiled == drawn._score._cache_size() == step.update._cache_size() == 1
 
 
 def test_updates_share_rollouts_and_find_them_again_after_a_restart(format):

@@ -1,0 +1,71 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax.run_folder import ConfigChanged, RunFolder, write_atomically
+
+CONFIG = {"seed": 0, "stages": ("sft", "rl"), "sft": {"steps": 10, "mixture": {"train": 1.0}}}
+
+
+def test_the_same_config_goes_on_and_another_is_refused_by_its_keys(tmp_path):
+    RunFolder(tmp_path / "runs" / "a", CONFIG)
+    saved = (tmp_path / "runs" / "a" / "config.json").read_text()
+    assert json.loads(saved) == CONFIG | {"stages": ["sft", "rl"]}
+    RunFolder(tmp_path / "runs" / "a", CONFIG)  # tuples come back as lists: no change
+    changed = {"seed": 1, "stages": ("sft",), "sft": {"steps": 10, "rows": 2, "mixture": {}}}
+    with pytest.raises(ConfigChanged) as error:
+        RunFolder(tmp_path / "runs" / "a", changed)
+    assert str(error.value).splitlines()[1:] == [
+        "  seed: 0 then, 1 now",
+        "  sft.mixture.train: 1.0 then, '(absent)' now",
+        "  sft.rows: '(absent)' then, 2 now",
+        "  stages: ['sft', 'rl'] then, ['sft'] now",
+    ]
+    assert (tmp_path / "runs" / "a" / "config.json").read_text() == saved
+
+
+def test_a_finished_stage_keeps_its_facts_and_arrays_and_no_checkpoints(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    assert run.finished("sft") is None
+    run.checkpoints("sft").mkdir(parents=True)
+    arrays = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
+    run.finish("sft", {"seconds": 1.5}, arrays)
+    assert not run.checkpoints("sft").exists()
+    again = RunFolder(tmp_path, CONFIG)
+    assert again.finished("sft") == {"seconds": 1.5}
+    found = again.arrays("sft", jax.eval_shape(lambda: arrays))
+    for name, x in arrays.items():
+        assert found[name].dtype == x.dtype
+        np.testing.assert_array_equal(found[name], x)
+
+
+def test_a_stage_killed_between_its_arrays_and_its_end_is_not_finished(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path, CONFIG)
+    with monkeypatch.context() as killed:
+        killed.setattr("lm_jax.run_folder.write_atomically", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.finish("sft", {}, {"a": jnp.zeros(2)})
+    again = RunFolder(tmp_path, CONFIG)
+    assert again.finished("sft") is None
+    again.finish("sft", {}, {"a": jnp.ones(2)})
+    np.testing.assert_array_equal(again.arrays("sft", {"a": jax.ShapeDtypeStruct((2,), jnp.float32)})["a"], 1.0)
+
+
+def test_once_runs_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        facts = RunFolder(tmp_path, CONFIG).once("tokenizer", lambda: (calls.append(1), {"words": 5})[1])
+        assert facts == {"words": 5}
+    assert len(calls) == 1
+
+
+def test_a_small_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    file = tmp_path / "done.json"
+    write_atomically(file, "old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"

@@ -1,0 +1,75 @@
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from lm_jax import run_log
+from lm_jax.run_log import RunLog
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_one_record_a_step(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("sft", 0, {"loss": 1.5, "grad_norm": math.inf, "reward": math.nan})
+    log.write("sft", 1, {"loss": 1.25})
+    log.close()
+    first, second = records(tmp_path)
+    assert first.pop("time") <= second.pop("time")
+    assert first == {"stage": "sft", "step": 0, "loss": 1.5, "grad_norm": None, "reward": None}
+    assert second == {"stage": "sft", "step": 1, "loss": 1.25}
+
+
+def test_resuming_forgets_what_will_be_written_again(tmp_path):
+    log = RunLog(tmp_path)
+    log.resume("sft", 0)  # nothing yet
+    for stage in ("text", "sft"):
+        for step in range(5):
+            log.write(stage, step, {"loss": float(step)})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "sft", "step": 5, "lo')  # a kill in the middle of a line
+    again = RunLog(tmp_path)
+    again.resume("sft", 3)
+    again.write("sft", 3, {"loss": 30.0})
+    assert [(r["stage"], r["step"]) for r in records(tmp_path)] == [
+        *(("text", step) for step in range(5)), *(("sft", step) for step in range(4)),
+    ]  # fmt: skip
+    assert records(tmp_path)[-1]["loss"] == 30.0
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["log.jsonl"]
+
+
+def test_tensorboard_sees_the_finite_values(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("rl", 4, {"reward": 0.75, "kl": math.nan})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, found = file.read_bytes(), []
+    while data:  # records of a TFRecord file: length (8 bytes), its checksum (4), the event, its checksum (4)
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    assert found == [("rl/reward", 4, 0.75)]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_progress_passes_everything_on(monkeypatch, watched):
+    monkeypatch.setattr(run_log.sys.stderr, "isatty", lambda: watched, raising=False)
+    assert list(run_log.progress(range(3, 7), "sft", 7, 3)) == [3, 4, 5, 6]
+
+
+def test_where_nobody_watches_a_line_now_and_then_says_how_long(monkeypatch):
+    said, clock = [], iter(np.arange(0.0, 1000.0, 20.0))
+    monkeypatch.setattr(run_log, "say", said.append)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run_log.sys.stderr, "isatty", lambda: False, raising=False)
+    run_log.set_note("loss 0.5")
+    list(run_log.progress(range(6, 12), "sft", 12, 6, every=30.0))
+    # 20 seconds an item; a line at the second and at the fourth of six.
+    assert said == [f"sft: {done}/12, {left} s left  loss 0.5" for done, left in ((8, 80), (10, 40), (12, 0))]
+    run_log.set_note("")
