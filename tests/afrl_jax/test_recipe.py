@@ -1,0 +1,194 @@
+"""The whole program on the smoke config: what it leaves, what it compiles, and that being killed changes nothing."""
+
+import collections
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from lm_jax.checkpoint import load_tree
+from lm_jax.config import DecoderConfig
+from lm_jax.parameters import table
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+STAGES = ("text", "sft", "rl", "distill")
+STEPS = 4
+# The clock's, not the computation's.
+CLOCK = {"time", "tokens_per_second"}
+
+
+def run(workdir: pathlib.Path, *arguments: str, death: str = "never", config: str = "afrl_smoke"):
+    """One start of the program, see watched_run.py."""
+    command = [sys.executable, REPOSITORY / "tests/afrl_jax/watched_run.py", workdir.with_suffix(".events"), death]
+    command += [f"--config={REPOSITORY / 'configs' / config}.py", f"--workdir={workdir}", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=workdir.parent)
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name not in CLOCK}
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+    """The bytes of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def trained_parameters(workdir: pathlib.Path) -> dict[tuple[str, str], bytes]:
+    """The bits of every array that every stage left."""
+    config = json.loads((workdir / "config.json").read_text())
+    place = SingleDeviceSharding(jax.devices()[0])
+    found = {}
+    for stage in STAGES:
+        model = "student" if stage == "distill" else "teacher"
+        rows = table(DecoderConfig(vocab_size=config["vocabulary"], **config[model]["shape"]))
+        like = {name: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=place) for name, row in rows.items()}
+        arrays = load_tree(workdir / "stages" / stage / "arrays", like)
+        found |= {(stage, name): np.asarray(array).tobytes() for name, array in arrays.items()}
+    return found
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits(uninterrupted, tmp_path):
+    draw = random.Random(0)
+    deaths = [
+        "saving:text:2",
+        f"logged:sft:{draw.randrange(STEPS - 1)}:{draw.uniform(0, 0.01):.4f}",
+        "finishing:sft",
+        f"logged:rl:{draw.randrange(STEPS - 1)}:{draw.uniform(0, 0.01):.4f}",
+        f"logged:distill:{draw.randrange(STEPS - 1)}:{draw.uniform(0, 0.01):.4f}",
+        "finishing:evaluate.rl",
+        "exporting",
+    ]
+    workdir = tmp_path / "run"
+    for death in deaths:
+        killed = run(workdir, death=death)
+        assert killed.returncode == -9, f"{death}: {killed.returncode}\n{killed.stderr}"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    expected, found = trained_parameters(uninterrupted), trained_parameters(workdir)
+    assert expected[("text", "query")] != expected[("sft", "query")] != expected[("rl", "query")]
+    assert [key for key in expected if found[key] != expected[key]] == []
+    assert list(map(without_clock, records(workdir))) == list(map(without_clock, records(uninterrupted)))
+    assert json.loads((workdir / "report/metrics.json").read_text()) == json.loads(
+        (uninterrupted / "report/metrics.json").read_text()
+    )
+    assert digests(workdir / "export") == digests(uninterrupted / "export")
+
+
+def test_every_step_is_logged_once_under_the_names_of_trl(uninterrupted):
+    found = records(uninterrupted)
+    assert [(r["stage"], r["step"]) for r in found] == [(s, n) for s in STAGES for n in range(STEPS)]
+    for record in found:
+        assert {"loss", "grad_norm", "tokens_per_second", "time"} <= record.keys()
+        assert all(value is not None and math.isfinite(value) for key, value in record.items() if key != "stage")
+    trl = {
+        "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low", "clip_ratio/high",
+        "completions/mean_length", "completions/clipped_ratio",
+    }  # fmt: skip
+    ours = {"first_token/accuracy", "first_token/entropy", "rewards/label", "rewards/rule", "sampler_logprob_gap"}
+    for record in found[2 * STEPS : 3 * STEPS]:
+        assert trl | ours <= record.keys()
+        assert record["sampler_logprob_gap"] < 1e-4  # sampler and train step agree on what was sampled, float32
+    assert found[2 * STEPS]["kl"] == 0  # the policy is its own reference at first
+    assert found[3 * STEPS - 1]["kl"] > 0
+    assert list((uninterrupted / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_run_folder_is_what_the_readme_says(uninterrupted):
+    assert sorted(path.name for path in uninterrupted.iterdir()) == [
+        "checkpoints", "config.json", "export", "log.jsonl", "report", "stages", "tensorboard", "tokenizer",
+    ]  # fmt: skip
+    assert not list((uninterrupted / "checkpoints").iterdir())  # those of finished stages are dropped
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["rl"]["rollouts"]["group"] == 4 and config["seed"] == 0
+    report = uninterrupted / "report"
+    pictures = {path.stem for path in report.glob("*.png")}
+    assert pictures == {path.stem for path in report.glob("*.csv")}
+    assert {"loss", "rewards", "entropy", "dead_groups", "confusion", "reliability", "rule_recall"} <= pictures
+    assert all(f"{picture}.png" in (report / "report.html").read_text() for picture in pictures)
+    metrics = json.loads((report / "metrics.json").read_text())
+    for model in ("sft", "rl", "student"):
+        low, accuracy, high = (metrics[f"{model}/accuracy{end}"] for end in ("/low", "", "/high"))
+        assert 0 <= low <= accuracy <= high <= 1
+        assert 0 <= metrics[f"{model}/macro_f1"] <= 1
+    export = uninterrupted / "export"
+    for folder in (export, export / "sequence_classifier"):
+        assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
+            path.name for path in folder.iterdir()
+        }
+    assert {"relevance.json", "README.md", "generation_config.json"} <= {path.name for path in export.iterdir()}
+    assert json.loads((export / "relevance.json").read_text())["golden"]
+
+
+def test_compilations_are_bounded_by_stages_and_length_buckets(uninterrupted):
+    """The lengths of clips fall into one bucket, so a function compiles once for each model or objective it serves."""
+    events = json.loads(uninterrupted.with_suffix(".events").read_text())
+    compiled = collections.Counter(name for kind, name, *_ in events if kind == "compiled")
+    assert compiled["jit(update)"] == len(STAGES)
+    assert compiled["jit(sample)"] == 1 + 2  # rollouts; explanations of teacher and student
+    assert compiled["jit(_reference_logprobs)"] == 1
+    # Teacher and student are scored on training, calibration and test pairs, the golden pairs included.
+    assert 2 <= compiled["jit(_label_logprobs)"] <= 2 * 2
+    logged = [place for place, event in enumerate(events) if event[0] == "logged"]
+    for stage in STAGES:
+        first, *_, last = (place for place in logged if events[place][1] == stage)
+        assert not [event for event in events[first:last] if event[0] == "compiled"], "a later step compiled again"
+
+
+def test_a_second_run_skips_what_is_finished(uninterrupted):
+    before = digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()
+    events_of_tensorboard = list((uninterrupted / "tensorboard").iterdir())
+    done = run(uninterrupted, death="logged:text:0:0")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "finished before" in line] == [
+        f"{stage}: finished before" for stage in STAGES
+    ]
+    assert (digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()) == before
+    assert list((uninterrupted / "tensorboard").iterdir()) == events_of_tensorboard
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(uninterrupted):
+    refused = run(uninterrupted, "--config.rl.steps=5", "--config.title=other")
+    assert refused.returncode == 2
+    assert "rl.steps: 4 then, 5 now" in refused.stderr
+    assert "title: 'AFRL smoke run' then, 'other' now" in refused.stderr
+    assert "seed" not in refused.stderr
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    """Step 0 is still finite and kept; it moves the weights so far that step 1 is not."""
+    stages = ('--config.stages=("sft",)', "--config.sft.learning_rate=1e30", "--config.sft.save_every=1")
+    stopped = run(tmp_path / "run", *stages)
+    assert stopped.returncode == 1, stopped.stderr
+    told = " ".join(stopped.stderr.split())
+    checkpoint = tmp_path / "run/checkpoints/sft/1"
+    assert "error: sft: loss" in told and f"at step 1; the last good checkpoint is {checkpoint}" in told
+    assert "Traceback" not in told
+    assert list(checkpoint.iterdir())
+    assert [record["step"] for record in records(tmp_path / "run")] == [0]
+    assert not (tmp_path / "run/stages/sft/done.json").exists()
