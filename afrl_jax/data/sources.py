@@ -4,12 +4,13 @@
     {"format": "clips_text", "split": "train", "texts": 20000}
     {"format": "folder" | "trec" | "esci", ...}          a real data set, see afrl_jax.data.readers
 
-Any of them takes `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one folder gives
-disjoint parts.
+Judgments of any of them take `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one
+folder gives disjoint parts; and `explained`: False trains the grades alone, which fits twice the pairs into a row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +24,14 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
     """The judgments of a source."""
     arguments = dict(source)
     low, high = arguments.pop("keep", (0.0, 1.0))
+    explained = arguments.pop("explained", True)
     if arguments.get("format") == "clips":
         del arguments["format"]
         judgments = list(clips.judgments(seed, **arguments))
     else:
         judgments = read_judgments(arguments, instruction.scale)
-    return [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
+    kept = [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
+    return kept if explained else [dataclasses.replace(judgment, explanation=None) for judgment in kept]
 
 
 def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
