@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from afrl_jax import distill, stepwise_grpo
@@ -111,6 +112,30 @@ class Recipe:
         parameters = self._parameters_after(before) if before else self._start(stage.model)
         self.held = None
         objective, batch_at, coefficients = self._objective(name, stage, config, parameters)
+        transformation, step = self._step(stage, config, objective)
+        if isinstance(stage, RLStage) and stage.kl:
+            parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them; the reference stays
+        state = fit(
+            stage=name,
+            state=train_state.create(parameters, transformation),
+            step=step,
+            batch_at=batch_at,
+            coefficients=coefficients,
+            steps=stage.steps,
+            folder=self.run.checkpoints(name),
+            log=log,
+            save_every=stage.save_every,
+            mesh=self.mesh,
+        )
+        seconds = round(time.monotonic() - began, 1)
+        self.run.finish(name, {"seconds": seconds, "steps": stage.steps}, state.parameters)
+        self.held = (name, state.parameters)
+        run_log.say(f"{name}: {stage.steps} steps in {seconds:.0f} s")
+
+    def _step(
+        self, stage: Stage, config: DecoderConfig, objective: Objective
+    ) -> tuple[optax.GradientTransformation, train_state.Step]:
+        """The optimizer and the jitted step of a stage."""
         schedule = optimizer.learning_rate_schedule(
             stage.learning_rate,
             stage.steps,
@@ -130,24 +155,7 @@ class Recipe:
             dtype=self.settings.dtype,
             remat=self.settings.remat,
         )
-        if isinstance(stage, RLStage) and stage.kl:
-            parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them; the reference stays
-        state = fit(
-            stage=name,
-            state=train_state.create(parameters, transformation),
-            step=step,
-            batch_at=batch_at,
-            coefficients=coefficients,
-            steps=stage.steps,
-            folder=self.run.checkpoints(name),
-            log=log,
-            save_every=stage.save_every,
-            mesh=self.mesh,
-        )
-        seconds = round(time.monotonic() - began, 1)
-        self.run.finish(name, {"seconds": seconds, "steps": stage.steps}, state.parameters)
-        self.held = (name, state.parameters)
-        run_log.say(f"{name}: {stage.steps} steps in {seconds:.0f} s")
+        return transformation, step
 
     def _objective(
         self, name: str, stage: Stage, config: DecoderConfig, parameters: Parameters

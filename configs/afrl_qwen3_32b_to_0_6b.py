@@ -1,12 +1,14 @@
-"""The real size: Qwen3-32B is trained by a curriculum and mode-balanced RL, then distilled into Qwen3-0.6B, on a TPU pod.
+"""The real size: Qwen3-32B is trained by a curriculum and mode-balanced RL, then distilled into Qwen3-0.6B, on a pod.
 
-    python -m afrl_jax.main --config=configs/afrl_qwen3_32b_to_0_6b.py --workdir=gs://BUCKET/afrl --config.data_root=DIR
+    python -m afrl_jax.main --config=configs/afrl_qwen3_32b_to_0_6b.py --workdir=DIR --config.data_root=DATA
 
-Hardware: a pod slice; weights come from the Hugging Face hub. It was never run: no such hardware was at hand, so there are no times and
-no scores here. What is tested is that every stage of it traces and lowers (tests/configs/test_configs.py).
+Hardware: a TPU pod slice; DIR lies on a disk that its hosts share, weights come from the Hugging Face hub. It was never
+run: no such hardware was at hand, so there are no times and no scores here. What is tested is that every stage of it
+traces and lowers at full size (tests/configs/test_configs.py).
 
-`data_root` holds judgments folders (afrl_jax.data.readers): train (with explanations and rules where you have them), hard (conflicts and
-near misses), expert (a rule-stratified set of gold explanations), calibration and dev. Replace `instruction` by your own rulebook.
+DATA holds judgments folders (afrl_jax.data.readers): train (with explanations and rules where you have them), hard
+(conflicts and near misses), expert (a rule-stratified set of gold explanations), calibration and dev. Replace
+`instruction` by your own rulebook.
 """
 
 from ml_collections import ConfigDict, FieldReference

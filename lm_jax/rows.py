@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 Batch = dict[str, np.ndarray]
@@ -164,6 +165,11 @@ def render_row(groups: Sequence[Group], row: Row, shape: RowShape) -> Batch:
 def empty_row(shape: RowShape) -> Batch:
     """A row of padding, to fill a batch."""
     return render_row([], [], shape)
+
+
+def abstract_batch(shape: RowShape, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch, to trace or compile for it without any data."""
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in empty_row(shape).items()}
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
