@@ -77,6 +77,14 @@ def test_the_batch_is_a_pure_function_of_seed_step_and_parameters(format):
         assert {name: x.shape for name, x in batch.items()} == {name: x.shape for name, x in other[0].items()}
 
 
+def test_the_same_prompt_is_answered_anew_at_another_step(format):
+    drawn, parameters = source(format), state_of(format).parameters
+    first, again, later = (drawn.sample(parameters, [5, 2], step).tokens for step in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, later)
+    np.testing.assert_array_equal(drawn.sample(parameters, [2, 5], 0).tokens, first[::-1])  # each row by itself
+
+
 def test_sampler_and_train_step_agree_on_every_log_prob(format):
     state = state_of(format)
     drawn = source(format, reference=state.parameters)

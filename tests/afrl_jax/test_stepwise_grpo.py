@@ -248,11 +248,11 @@ def test_exact_expectation_is_the_mean_of_sampled_gradients_over_all_draws():
 def test_kl_is_k3_over_the_tokens_of_answers_alone():
     lengths, segments, old, new, advantage, weights = stepwise_case()
     branches = rollout_branches(5, np.ones((3, 7), int), lengths, old, segments, advantage, weights)
-    logprob = np.concatenate([new[i, :length] for i, length in enumerate(lengths)] + [[-700.0]])
+    logprob = np.concatenate([new[i, :length] for i, length in enumerate(lengths)] + [[-800.0]])
     batch = {name: np.pad(x, [(0, 0), (0, 1)]) for name, x in batch_of(branches).items() if x.ndim == 2}
     batch = batch_of(branches) | {name: x for name, x in batch.items() if x.shape[1] == len(logprob)}
     reference = np.concatenate([old[i, :length] for i, length in enumerate(lengths)] + [[0.0]])[None]
-    batch["reference_logprob"] = reference  # the last token is no answer's, and e^700 would overflow float32
+    batch["reference_logprob"] = reference  # the last token is no answer's, and e^800 is infinite
     loss = jax.value_and_grad(
         lambda x: loss_of(make_objective(kl=True), batch, x, {"policy": 0.0, "kl": 1.0})
     )(jnp.array(logprob))
