@@ -93,11 +93,12 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
     """Grouped-query attention, softmax in float32; every row of the mask must allow something."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKMH = q_BTNH.reshape(B, T, K, N // K, H)
-    score = contract("btkmh,bskh->bkmts", q_BTKMH * H**-0.5, k_BSKH)
-    score = jnp.where(mask_BTS[:, None, None], score, -jnp.inf)
-    weight = jax.nn.softmax(score, axis=-1)
-    return contract("bkmts,bskh->btkmh", weight, v_BSKH).reshape(B, T, N, H)
+    # [B, K, T, M, S] is the order in which a batched matrix product leaves the scores: no copy of the largest array.
+    q_BKTMH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2)
+    score_BKTMS = contract("bktmh,bskh->bktms", q_BKTMH * H**-0.5, k_BSKH)
+    score_BKTMS = jnp.where(mask_BTS[:, None, :, None], score_BKTMS, -jnp.inf)
+    mixed_BKTMH = contract("bktms,bskh->bktmh", jax.nn.softmax(score_BKTMS, axis=-1), v_BSKH)
+    return mixed_BKTMH.swapaxes(1, 2).reshape(B, T, N, H)
 
 
 @struct.dataclass
@@ -223,7 +224,8 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_epsilon), cache
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embed[...][tokens]
+        # Only the vocabulary stays split: looking up rows that are split too would replicate what is found.
+        return constrain(self.embed[...], ("vocab", "activation"))[tokens]
 
     def _layers(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name, row in table(self.config).items() if row.stacked}

@@ -63,8 +63,7 @@ def lower(made: recipe.Recipe, name: str, stage) -> dict:
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in real.items()}
         answers = None
     transformation, step = made._step(stage, config, objective)
-    state = jax.eval_shape(lambda p: train_state.create(p, transformation), parameters)
-    state = state.replace(parameters=parameters)
+    state = train_state.abstract_state(parameters, transformation)
     weights = {key: jax.ShapeDtypeStruct((), jnp.float32) for key in coefficients(0)}
     lowered = step.update.lower(state, batch, weights)
     after, metrics = lowered.out_info
@@ -74,10 +73,11 @@ def lower(made: recipe.Recipe, name: str, stage) -> dict:
     scores = scoring._label_logprobs.lower(
         parameters, scored, config=config, label_ids=made.format.label_ids, dtype=made.settings.dtype
     )
-    shard_bytes = sum(4 * np.prod(places[key].shard_shape(x.shape)) for key, x in parameters.items())
+    held = [x for x in jax.tree.leaves(state) if x.sharding is not None]
+    shard_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in held)
     return {
         "parameters": config.parameter_count,
-        "share_of_a_device": float(shard_bytes / (4 * config.parameter_count)),
+        "share_of_a_device": float(shard_bytes / (3 * 4 * config.parameter_count)),
         "rows": batch["tokens"].shape,
         "metrics": sorted(metrics),
         "answers": answers,

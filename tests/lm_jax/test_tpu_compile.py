@@ -60,17 +60,6 @@ def parameters(mesh):
     return {name: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=places[name]) for name, x in table(CONFIG).items()}
 
 
-def abstract_state(start, transformation):
-    """The state of a run that begins with these parameters; moments lie where their parameters do."""
-    state = jax.eval_shape(lambda p: train_state.create(p, transformation), start)
-
-    def place(x):
-        same = [parameter.sharding for parameter in start.values() if parameter.shape == x.shape]
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same[0] if same else None)
-
-    return state.replace(parameters=start, optimizer=jax.tree.map(place, state.optimizer))
-
-
 def check(compiled, copies: int):
     """What a chip holds at the start is about a quarter of `copies` times the parameters, what it adds is small."""
     memory = compiled.memory_analysis()
@@ -88,7 +77,7 @@ def test_a_train_step_compiles(mesh, kind):
         CONFIG, objective, transformation, label_ids=LABELS, micro_batches=2, dtype="bfloat16", remat="full"
     )
     start = parameters(mesh)
-    state = abstract_state(start, transformation)
+    state = train_state.abstract_state(start, transformation)
     batch = placed(mesh, rows.abstract_batch(shape, 8))
     coefficients = {name: jax.ShapeDtypeStruct((), np.float32) for name in terms}
     compiled = step.update.lower(state, batch, coefficients).compile()
