@@ -38,16 +38,16 @@ def get_config() -> ConfigDict:
             "data": data,
             "stages": ("sft", "rl", "distill"),
             "sft": {
-                "kind": "sft", "mixture": {"train": 1.0}, "steps": 150, "learning_rate": 1.5e-4,
+                "kind": "sft", "mixture": {"train": 1.0}, "steps": 140, "learning_rate": 1.5e-4,
                 "ordinal_weight": 1.0, **rows,
             },
             "rl": {
-                "kind": "rl", "prompts_from": "train", "experts_from": "train", "steps": 20, "learning_rate": 1e-5,
-                "schedule": "constant", "sft_weight": 0.5, "save_every": 10, "micro_batches": 3,
+                "kind": "rl", "prompts_from": "train", "experts_from": "train", "steps": 12, "learning_rate": 1e-5,
+                "schedule": "constant", "sft_weight": 0.5, "save_every": 6, "micro_batches": 3,
                 "rollouts": {"prompts": 24, "group": 8, "graded": True, "expert_rows": 6},
             },
             "distill": {
-                "kind": "distill", "mixture": {"train": 1.0}, "steps": 150, "learning_rate": 2e-4,
+                "kind": "distill", "mixture": {"train": 1.0}, "steps": 100, "learning_rate": 2e-4,
                 "kl_share": 0.7, "temperature": 2.0, **rows,
             },
             "evaluation": {"test": "dev", "calibration": "calibration"},
