@@ -270,3 +270,9 @@ def test_domain_texts_are_checks_and_needs_that_hold():
 def test_catalogue_grows_without_changing_its_beginning():
     assert clips.catalogue(3, 40)[:10] == clips.catalogue(3, 10)
     assert clips.catalogue(3, 10) != clips.catalogue(4, 10)
+
+
+def test_an_easy_world_goes_on_without_the_rules_it_cannot_show():
+    judged = list(clips.judgments(0, "train", 100, 4, difficulty=0.0, rule_balance=1.0))
+    assert len(judged) == 400
+    assert {rule.number for rule in clips.RULES} > {judgment.rules[0] for judgment in judged}
