@@ -37,23 +37,25 @@ class Step(NamedTuple):
 
 def create(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0; a moment lies where its parameter does."""
-    places = jax.tree.map(lambda x: x.sharding, abstract_state(parameters, optimizer).optimizer)
+
+    def split(x: jax.ShapeDtypeStruct) -> NamedSharding | None:  # without a mesh, nothing is bound to a device
+        return x.sharding if isinstance(x.sharding, NamedSharding) else None
+
+    places = jax.tree.map(split, abstract_state(parameters, optimizer).optimizer)
     return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init, out_shardings=places)(parameters))
 
 
 def abstract_state(parameters: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """What `create` makes, as ShapeDtypeStructs with shardings; the parameters may be such themselves."""
-
-    def like(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    places = {name: getattr(x, "sharding", None) for name, x in parameters.items()}
 
     def place(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = next((key.key for key in path if getattr(key, "key", None) in parameters), None)
         moment = name is not None and x.shape == parameters[name].shape
-        return like(x, parameters[name].sharding if moment else None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name] if moment else None)
 
     moments = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, parameters))
-    same = {name: like(x, x.sharding) for name, x in parameters.items()}
+    same = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in parameters.items()}
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), same, moments)
 
 
