@@ -203,7 +203,7 @@ class Recipe:
         source = functools.partial(RolloutSource, self.format, config, settings, seed=seed, dtype=self.settings.dtype)
         if stage.arm == "rehearsal":
             practised = source(experts, [], mesh=self.mesh)
-            experts = practised.own_right_answers(parameters)
+            experts = practised.own_right_answers(parameters, rows=stage.rollouts.prompts)
             run_log.say(f"rehearsal: the model answers {len(experts)} of {len(practised.judgments)} experts all right")
         rollouts = source(prompts, experts, reference=parameters if stage.kl else None, mesh=self.mesh)
         objective = stepwise_grpo.make_objective(
