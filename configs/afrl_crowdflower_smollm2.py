@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
         "dev": {"format": "folder", "path": root + "/crowdflower/dev"},
     }
     rows = {
-        "rows": 16, "row_tokens": 256, "branches_together": 4, "micro_batches": 4, "weight_decay": 0.01, "save_every": 20,
+        "rows": 16, "row_tokens": 256, "branches_together": 4, "micro_batches": 4, "weight_decay": 0.01,
+        "save_every": 20,
     }  # fmt: skip
     return ConfigDict(
         {
