@@ -35,9 +35,9 @@ def get_config() -> ConfigDict:
                 "dev": {**clips, "split": "test", "queries": 200},
             },
             "stages": ("text", "sft_single", "sft", "rl", "student_text", "distill"),
-            "text": {"kind": "text", "texts": "texts", "steps": 500, "learning_rate": 5e-3, **train},
+            "text": {"kind": "text", "texts": "texts", "steps": 600, "learning_rate": 5e-3, **train},
             "sft_single": {
-                "kind": "sft", "mixture": {"single": 0.8, "texts": 0.2}, "steps": 400, "learning_rate": 4e-3, **train,
+                "kind": "sft", "mixture": {"single": 0.8, "texts": 0.2}, "steps": 200, "learning_rate": 4e-3, **train,
             },
             "sft": {
                 "kind": "sft", "mixture": {"train": 0.8, "single": 0.2}, "steps": 800, "learning_rate": 4e-3, **train,

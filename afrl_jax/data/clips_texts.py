@@ -1,7 +1,8 @@
 """Domain text of the built-in world, for the language-modelling stage that teaches a small model to match.
 
-Three forms, all dense in what a model can check: prompts in small, a few words of a query before a few fields of a
-clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with their
+Four forms, all dense in what a model can check: a query before a clip whose fields are marked met or violated as they
+are read; prompts in small, a few words of a query before a few fields of a clip, with the verdicts at once, as in an
+answer-first prompt; a whole clip followed by single checks with their
 answers; and queries followed by what they need. All use the words of queries and of explanations alike.
 """
 
@@ -20,6 +21,7 @@ from afrl_jax.schema import DomainText, Match
 _CHECKS_PER_TEXT = 9
 _QUERIES_PER_TEXT = 5
 _MATCHES_PER_TEXT = 4
+_MARKED_PER_TEXT = 2
 _FIELD_OF_ATTRIBUTE = {
     "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
     "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
@@ -71,6 +73,23 @@ def _matches(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
         yield "\nDoc:", f" {'; '.join(fact for fact, _ in found)}\n"
 
 
+def _marks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """A query before a whole clip, each field of which is marked as it is read: met, violated, or not asked for.
+
+    It trains the comparison where a prompt needs it, at the field, and in the dark: no word tells which fields matter.
+    """
+    clip = random_clip(rng)
+    document = render_document(clip)
+    asked = {_FIELD_OF_ATTRIBUTE[name]: name for name in _attributes(rng, clip, 1 + int(rng.random() * 3))}
+    constraints = [_some_constraint(rng, clip, name) for name in asked.values()]
+    verdicts = {field: check(constraint, clip)[1] for field, constraint in zip(asked, constraints, strict=True)}
+    query = " ".join(_wording(rng, constraint) for constraint in constraints)
+    given = f"Query: {query}\nDocument: {document.title}\n"
+    for name, value in document.fields.items():
+        yield f"{given}{name}: {value}", f" {verdicts[name]}\n" if name in verdicts else "\n"
+        given = ""
+
+
 def _checks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     """A clip, and what it says of several constraints asked for one by one."""
     clip = random_clip(rng)
@@ -94,8 +113,9 @@ def _needs(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str]]:
 def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
     """`count` texts of 60 to 110 words; text number i depends on (seed, split, i) alone.
 
-    Half are prompts in small, three in ten checks of a clip ("in spanish? english, violated"), the others queries with
-    what they need, drawn from the intents of the split. Verdicts, facts and needs are learned, all else is given.
+    Four in ten are clips marked field by field, three prompts in small; the others are checks of a clip ("in spanish?
+    english, violated") and queries with what they need, drawn from the intents of the split. Verdicts, facts and needs
+    are learned, all else is given.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
@@ -103,6 +123,9 @@ def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
         form = rng.random()
-        pairs = _matches(rng) if form < 0.5 else _checks(rng) if form < 0.8 else _needs(rng, split)
+        if form < 0.4:
+            pairs = itertools.chain.from_iterable(_marks(rng) for _ in range(_MARKED_PER_TEXT))
+        else:
+            pairs = _matches(rng) if form < 0.7 else _checks(rng) if form < 0.85 else _needs(rng, split)
         pieces = list(itertools.chain.from_iterable(pairs))
         yield DomainText((*pieces[:-1], pieces[-1].rstrip("\n")))
