@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 "dev": {**clips, "split": "test", "queries": 200},
             },
             "stages": ("text", "sft_single", "sft", "rl", "student_text", "distill"),
-            "text": {"kind": "text", "texts": "texts", "steps": 600, "learning_rate": 5e-3, **train},
+            "text": {"kind": "text", "texts": "texts", "steps": 700, "learning_rate": 5e-3, **train},
             "sft_single": {
                 "kind": "sft", "mixture": {"single": 0.8, "texts": 0.2}, "steps": 200, "learning_rate": 4e-3, **train,
             },

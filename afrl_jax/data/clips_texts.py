@@ -1,9 +1,9 @@
 """Domain text of the built-in world, for the language-modelling stage that teaches a small model to match.
 
-Four forms, all dense in what a model can check: a query before a clip whose fields are marked met or violated as they
-are read; prompts in small, a few words of a query before a few fields of a clip, with the verdicts at once, as in an
-answer-first prompt; a whole clip followed by single checks with their
-answers; and queries followed by what they need. All use the words of queries and of explanations alike.
+Five forms, all dense in what a model can check: the fields of a clip, asked for again in another order; a query before
+a clip whose fields are marked met or violated as they are read; prompts in small, a few words of a query before a few
+fields of a clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with
+their answers; and queries followed by what they need. All use the words of queries and of explanations alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from afrl_jax.schema import DomainText, Match
 _CHECKS_PER_TEXT = 9
 _QUERIES_PER_TEXT = 5
 _MATCHES_PER_TEXT = 4
-_MARKED_PER_TEXT = 2
+_CLIPS_PER_TEXT = 2
 _FIELD_OF_ATTRIBUTE = {
     "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
     "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
@@ -90,6 +90,17 @@ def _marks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
         given = ""
 
 
+def _recall(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """A clip, then its fields again in another order: every value follows from its name. Looking up comes first."""
+    document = render_document(random_clip(rng))
+    fields = list(document.fields.items())
+    given = "\n".join([f"Document: {document.title}", *(f"{name}: {value}" for name, value in fields), ""])
+    for number in rng.permutation(len(fields)):
+        name, value = fields[number]
+        yield f"{given}{name}:", f" {value}\n"
+        given = ""
+
+
 def _checks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     """A clip, and what it says of several constraints asked for one by one."""
     clip = random_clip(rng)
@@ -113,9 +124,9 @@ def _needs(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str]]:
 def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
     """`count` texts of 60 to 110 words; text number i depends on (seed, split, i) alone.
 
-    Four in ten are clips marked field by field, three prompts in small; the others are checks of a clip ("in spanish?
-    english, violated") and queries with what they need, drawn from the intents of the split. Verdicts, facts and needs
-    are learned, all else is given.
+    Three in ten recall the fields of a clip, two mark them, a quarter are prompts in small; the others are checks of a
+    clip ("in spanish? english, violated") and queries with what they need, drawn from the intents of the split. Values,
+    verdicts, facts and needs are learned, all else is given.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
@@ -123,9 +134,11 @@ def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
         form = rng.random()
-        if form < 0.4:
-            pairs = itertools.chain.from_iterable(_marks(rng) for _ in range(_MARKED_PER_TEXT))
+        if form < 0.3:
+            pairs = itertools.chain.from_iterable(_recall(rng) for _ in range(_CLIPS_PER_TEXT))
+        elif form < 0.5:
+            pairs = itertools.chain.from_iterable(_marks(rng) for _ in range(_CLIPS_PER_TEXT))
         else:
-            pairs = _matches(rng) if form < 0.7 else _checks(rng) if form < 0.85 else _needs(rng, split)
+            pairs = _matches(rng) if form < 0.75 else _checks(rng) if form < 0.9 else _needs(rng, split)
         pieces = list(itertools.chain.from_iterable(pairs))
         yield DomainText((*pieces[:-1], pieces[-1].rstrip("\n")))
