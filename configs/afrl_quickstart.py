@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """S0 domain text teaches a model from scratch to match, S1 single rules, S2 conflicts; then RL and a student."""
+    """Domain text teaches a model from scratch to match, SFT to grade and to explain; then RL, then a student."""
     shape = {
         "family": "qwen3", "embed": 192, "layers": 5, "query_heads": 3, "kv_heads": 1, "head_size": 64, "ffn": 512,
         "qk_norm": True, "rope_theta": 1e6, "initializer_range": 0.06,
@@ -27,20 +27,16 @@ def get_config() -> ConfigDict:
             "student": {"shape": {**shape, "embed": 128, "layers": 3, "query_heads": 2, "ffn": 320}},
             "data": {
                 "texts": {"format": "clips_text", "split": "train", "texts": 14000},
-                "single": {**clips, "split": "train", "queries": 1000, "rule_balance": 0.3, "difficulty": 0.0},
-                "train": {**clips, "split": "train", "queries": 2000, "rule_balance": 0.3},
+                "train": {**clips, "split": "train", "queries": 2200, "rule_balance": 0.3},
                 "practice": {**clips, "split": "train", "queries": 500},
                 "expert": {**clips, "split": "train", "queries": 500, "rule_balance": 1.0},
                 "calibration": {**clips, "split": "dev", "queries": 100},
                 "dev": {**clips, "split": "test", "queries": 200},
             },
-            "stages": ("text", "sft_single", "sft", "rl", "student_text", "distill"),
-            "text": {"kind": "text", "texts": "texts", "steps": 700, "learning_rate": 5e-3, **train},
-            "sft_single": {
-                "kind": "sft", "mixture": {"single": 0.8, "texts": 0.2}, "steps": 200, "learning_rate": 4e-3, **train,
-            },
+            "stages": ("text", "sft", "rl", "student_text", "distill"),
+            "text": {"kind": "text", "texts": "texts", "steps": 800, "learning_rate": 5e-3, **train},
             "sft": {
-                "kind": "sft", "mixture": {"train": 0.8, "single": 0.2}, "steps": 800, "learning_rate": 4e-3, **train,
+                "kind": "sft", "mixture": {"train": 0.9, "texts": 0.1}, "steps": 1200, "learning_rate": 3e-3, **train,
             },
             "rl": {
                 "kind": "rl", "prompts_from": "practice", "experts_from": "expert", "steps": 30, "learning_rate": 2e-4,
@@ -49,7 +45,7 @@ def get_config() -> ConfigDict:
             },
             "student_text": {"kind": "text", "texts": "texts", "steps": 500, "learning_rate": 5e-3, **student},
             "distill": {
-                "kind": "distill", "mixture": {"train": 0.8, "single": 0.2}, "steps": 1000, "learning_rate": 5e-3,
+                "kind": "distill", "mixture": {"train": 0.9, "texts": 0.1}, "steps": 1000, "learning_rate": 5e-3,
                 **student,
             },
             "evaluation": {"explained_pairs": 256, "max_new_tokens": 64},

@@ -1,9 +1,8 @@
 """Domain text of the built-in world, for the language-modelling stage that teaches a small model to match.
 
-Five forms, all dense in what a model can check: the fields of a clip, asked for again in another order; a query before
-a clip whose fields are marked met or violated as they are read; prompts in small, a few words of a query before a few
-fields of a clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with
-their answers; and queries followed by what they need. All use the words of queries and of explanations alike.
+Three forms, all dense in what a model can check: prompts in small, a few words of a query before a few fields of a
+clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with their
+answers; and queries followed by what they need. All use the words of queries and of explanations alike.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from afrl_jax.schema import DomainText, Match
 _CHECKS_PER_TEXT = 9
 _QUERIES_PER_TEXT = 5
 _MATCHES_PER_TEXT = 4
-_CLIPS_PER_TEXT = 2
 _FIELD_OF_ATTRIBUTE = {
     "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
     "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
@@ -73,34 +71,6 @@ def _matches(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
         yield "\nDoc:", f" {'; '.join(fact for fact, _ in found)}\n"
 
 
-def _marks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """A query before a whole clip, each field of which is marked as it is read: met, violated, or not asked for.
-
-    It trains the comparison where a prompt needs it, at the field, and in the dark: no word tells which fields matter.
-    """
-    clip = random_clip(rng)
-    document = render_document(clip)
-    asked = {_FIELD_OF_ATTRIBUTE[name]: name for name in _attributes(rng, clip, 1 + int(rng.random() * 3))}
-    constraints = [_some_constraint(rng, clip, name) for name in asked.values()]
-    verdicts = {field: check(constraint, clip)[1] for field, constraint in zip(asked, constraints, strict=True)}
-    query = " ".join(_wording(rng, constraint) for constraint in constraints)
-    given = f"Query: {query}\nDocument: {document.title}\n"
-    for name, value in document.fields.items():
-        yield f"{given}{name}: {value}", f" {verdicts[name]}\n" if name in verdicts else "\n"
-        given = ""
-
-
-def _recall(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """A clip, then its fields again in another order: every value follows from its name. Looking up comes first."""
-    document = render_document(random_clip(rng))
-    fields = list(document.fields.items())
-    given = "\n".join([f"Document: {document.title}", *(f"{name}: {value}" for name, value in fields), ""])
-    for number in rng.permutation(len(fields)):
-        name, value = fields[number]
-        yield f"{given}{name}:", f" {value}\n"
-        given = ""
-
-
 def _checks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     """A clip, and what it says of several constraints asked for one by one."""
     clip = random_clip(rng)
@@ -124,9 +94,8 @@ def _needs(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str]]:
 def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
     """`count` texts of 60 to 110 words; text number i depends on (seed, split, i) alone.
 
-    Three in ten recall the fields of a clip, two mark them, a quarter are prompts in small; the others are checks of a
-    clip ("in spanish? english, violated") and queries with what they need, drawn from the intents of the split. Values,
-    verdicts, facts and needs are learned, all else is given.
+    Half are prompts in small, three in ten checks of a clip ("in spanish? english, violated"), the others queries with
+    what they need, drawn from the intents of the split. Verdicts, facts and needs are learned, all else is given.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
@@ -134,11 +103,6 @@ def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
         form = rng.random()
-        if form < 0.3:
-            pairs = itertools.chain.from_iterable(_recall(rng) for _ in range(_CLIPS_PER_TEXT))
-        elif form < 0.5:
-            pairs = itertools.chain.from_iterable(_marks(rng) for _ in range(_CLIPS_PER_TEXT))
-        else:
-            pairs = _matches(rng) if form < 0.75 else _checks(rng) if form < 0.9 else _needs(rng, split)
+        pairs = _matches(rng) if form < 0.5 else _checks(rng) if form < 0.8 else _needs(rng, split)
         pieces = list(itertools.chain.from_iterable(pairs))
         yield DomainText((*pieces[:-1], pieces[-1].rstrip("\n")))

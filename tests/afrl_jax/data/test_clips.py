@@ -225,8 +225,8 @@ def test_instruction_is_short():
 
 
 def test_domain_texts_show_a_clip_as_prompts_do():
-    texts = (text.text for text in clips.domain_texts(0, "train", 40))
-    text = next(text for text in texts if text.startswith("Document: ") and "?" in text)
+    texts = (text.text for text in clips.domain_texts(0, "train", 10))
+    text = next(text for text in texts if text.startswith("Document: "))
     lines = [line for line in text.split("\n") if not re.search(r"\? .*, \w+$", line)]
     fields = dict(line.split(": ", 1) for line in lines[1:])
     document = Document(doc_id="", title=lines[0].removeprefix("Document: "), fields=fields)
@@ -239,17 +239,12 @@ def test_domain_texts_are_checks_and_needs_that_hold():
     assert drawn != list(clips.domain_texts(1, "dev", 300))
     texts = [text.text for text in drawn]
     learned = re.compile(r"(?:Match|Doc|Need):(.*)|\?( .*, \w+)$", re.MULTILINE)
-    plain = [text for text in drawn if not re.search(r"\nMatch:|\nNeed:|\?", text.text)]
-    marked = [text for text in plain if text.text.startswith("Query: ")]
-    recalled = [text for text in plain if text not in marked]
-    for text in (text for text in drawn if text not in plain):
+    for text in drawn:
         assert [a + b for a, b in learned.findall(text.text)] == [piece.rstrip("\n") for piece in text.pieces[1::2]]
-    texts = [text.text for text in drawn if text not in plain]
     checks = [text for text in texts if text.startswith("Document: ")]
     queries = [text for text in texts if "\nNeed: " in text]
     matches = [text for text in texts if "\nMatch: " in text]
-    assert len(checks) + len(queries) + len(matches) == len(texts)
-    assert min(map(len, (checks, queries, matches))) > 20 and min(len(marked), len(recalled)) > 40
+    assert len(checks) + len(queries) + len(matches) == 300 and min(map(len, (checks, queries, matches))) > 30
     for text in queries:
         for query, need in re.findall(r"Query: (.*)\nNeed: (.*)", text):
             assert "; ".join(constraint.need for constraint in read_query(query).constraints) == need
@@ -269,20 +264,7 @@ def test_domain_texts_are_checks_and_needs_that_hold():
             under = re.fullmatch(r"(?:under|less than) (\d+) minutes", question)
             if under and (stated := re.search(r"^minutes: (\d+)$", text, re.MULTILINE)):
                 assert (verdict == "met") == (int(stated[1]) < int(under[1]))
-    assert verdicts["met"] > 250 and verdicts["violated"] > 250 and verdicts["unknown"] > 60
-    for text in recalled:
-        for card in re.split(r"^Document: .*\n", text.text, flags=re.MULTILINE)[1:]:
-            fields = card.strip().split("\n")
-            assert sorted(fields[: len(fields) // 2]) == sorted(fields[len(fields) // 2 :])
-        given = [piece for piece in text.pieces[0::2] if piece]
-        assert all(piece.endswith(":") for piece in given) and all(piece.startswith(" ") for piece in text.pieces[1::2])
-    for text in marked:
-        for query, card in re.findall(r"Query: (.*)\nDocument: .*\n((?:(?!Query)\w+: .*(?:\n|$))+)", text.text):
-            fields = dict(line.split(": ", 1) for line in card.strip().split("\n"))
-            if topic := re.fullmatch(r"topic (\w+)", query):
-                assert fields["topic"].endswith(" met" if f"{topic[1]}," in fields["topic"] else " violated")
-                others = (value for name, value in fields.items() if name != "topic")
-                assert not any(value.endswith((" met", " violated")) for value in others)
+    assert verdicts["met"] > 500 and verdicts["violated"] > 500 and verdicts["unknown"] > 100
 
 
 def test_catalogue_grows_without_changing_its_beginning():
