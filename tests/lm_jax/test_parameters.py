@@ -49,6 +49,14 @@ def test_initialization_follows_the_table():
     assert {name for name, row in table(TINY).items() if row.start == "residual"} == {"output", "down"}
 
 
+def test_a_key_starts_as_the_first_query_head_of_its_group(shape):
+    parameters = initialize(shape, seed=3)
+    shared = shape.query_heads // shape.kv_heads
+    for head in range(shape.kv_heads):
+        np.testing.assert_array_equal(parameters["key"][:, :, head], parameters["query"][:, :, head * shared])
+        assert (np.asarray(parameters["key"][:, :, head]) != parameters["value"][:, :, head]).all()
+
+
 def test_seeds_and_names_give_different_draws():
     first, second = initialize(TINY, seed=0), initialize(TINY, seed=1)
     assert (first["embed"] != second["embed"]).all()
