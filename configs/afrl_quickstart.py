@@ -2,6 +2,20 @@
 
     make quickstart
     python -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
+
+It does NOT yet reach what it is meant to (teacher macro-F1 0.80 in 15 minutes on 2 cores, student 95% of it). Measured
+once, seed 0, 1,600 pairs of held-out queries, cores shared with other work, before keys started as query heads:
+
+    model     accuracy  macro-F1  QWK   ndcg_exp@10  pair accuracy  ECE   format  rule accuracy
+    sft       .449      .439      .407  .838         .692           .052  1.00    .45
+    rl        .448      .434      .381  .842         .695           .050  0.996   .41
+    student   .350      .298      .141  .799         .607           .047  0.914   .35
+
+    text 395 s, sft 625 s, rl 90 s, student text 96 s, teacher labels 52 s, distill 188 s, evaluation 28 s: 25 minutes
+
+What is missing is comparison: the model learns to look a field up, to explain and to keep the format, but at the end of
+"text" it tells "met" from "violated" hardly better than by their frequencies. The label's loss had just begun to
+fall quickly when "sft" ended.
 """
 
 from ml_collections import ConfigDict
