@@ -180,7 +180,8 @@ def test_gradients_equal_finite_differences():
     loss = lambda p: float(step_of("sft").gradients(p, batch, coefficients)[1]["loss"])
     for name, x in parameters().items():
         direction = np.sign(np.asarray(gradient[name]))  # along it the loss surely changes
-        size = (1e-3 if "norm" in name else 3e-4) / direction.size**0.5  # the loss bends far more along matrices
+        # The loss hardly depends on a norm, so a small step drowns in float32 rounding; along matrices it bends far more.
+        size = (3e-2 if "norm" in name else 3e-4) / direction.size**0.5
         up, down = (loss(parameters() | {name: x + sign * size * direction}) for sign in (1, -1))
         slope = float((gradient[name] * direction).sum())
         assert (up - down) / (2 * size) == pytest.approx(slope, rel=1e-2), name
