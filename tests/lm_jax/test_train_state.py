@@ -180,7 +180,7 @@ def test_gradients_equal_finite_differences():
     loss = lambda p: float(step_of("sft").gradients(p, batch, coefficients)[1]["loss"])
     for name, x in parameters().items():
         direction = np.sign(np.asarray(gradient[name]))  # along it the loss surely changes
-        # The loss hardly depends on a norm, so a small step drowns in float32 rounding; along matrices it bends far more.
+        # The loss hardly depends on a norm: a small step drowns in float32 rounding. Along matrices it bends far more.
         size = (3e-2 if "norm" in name else 3e-4) / direction.size**0.5
         up, down = (loss(parameters() | {name: x + sign * size * direction}) for sign in (1, -1))
         slope = float((gradient[name] * direction).sum())
