@@ -2,10 +2,10 @@
 
     L = a tau^2 KL(p_T^tau || p_S^tau) over the label tokens at position 0 + (1 - a) CE(gold) + b NLL(explanation | y_0)
 
-p^tau is softmax(log p / tau) over the label tokens (Hinton et al. 2015, arXiv 1503.02531). CE(gold) takes the teacher's
-most probable grade where a pair has no gold. What the teacher knows at position 0 is C floats a pair, so teacher and
-student never share memory. "Distil 32B into 0.6B" is AFRL's (arXiv 2602.10006); this loss is ours. `generalized_jsd` is
-the full-vocabulary alternative (GKD, arXiv 2306.13649) for explanations, used where teacher logits are at hand.
+p^tau is softmax(log p / tau) over the label tokens (Hinton et al. 2015, arXiv 1503.02531). What the teacher knows at
+position 0 is C floats a pair, so teacher and student never share memory. "Distil 32B into 0.6B" is AFRL's (arXiv
+2602.10006); this loss is ours. `generalized_jsd` is the full-vocabulary alternative for explanations (GKD, arXiv
+2306.13649): it needs the teacher's logits at every token, which no stage stores, so none uses it yet.
 """
 
 from __future__ import annotations

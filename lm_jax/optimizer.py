@@ -44,8 +44,8 @@ def make_optimizer(
 
     "muon" (Jordan et al. 2024) orthogonalizes the updates of the layers' matrices, scaled to the size of AdamW's
     (Liu et al. 2025, arXiv 2502.16982), and leaves all else to AdamW with Nesterov momentum. It is for models trained
-    from scratch: the quickstart's teacher reaches the same loss with half the tokens or fewer. Fine-tuning keeps the
-    pretrained model's AdamW.
+    from scratch: one like the quickstart's teacher came to the same loss on domain text with half the tokens (one run
+    each; the rotary base differed too). Fine-tuning keeps the pretrained model's AdamW.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {kind!r}; known are {', '.join(OPTIMIZERS)}")
