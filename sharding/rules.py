@@ -7,7 +7,7 @@ the only place that decides what is split over what.
 from __future__ import annotations
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
@@ -33,6 +33,10 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The NamedSharding of an array of `shape`; an axis that the mesh does not divide stays whole."""
+    return NamedSharding(mesh, _dividing(mesh, axes, shape))
+
+
+def _dividing(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         rule = RULES[axis]
@@ -41,7 +45,7 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -
         for name in names:
             parts *= mesh.shape[name]
         entries.append(rule if size % parts == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*entries))
+    return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -49,4 +53,4 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))

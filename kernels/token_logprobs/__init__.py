@@ -5,6 +5,68 @@ tokens x V x 4 bytes (32k tokens of Qwen3: 20 GB); here they exist one chunk of 
 and again in the backward pass.
 """
 
-from kernels.token_logprobs.reference import token_logprobs
+from __future__ import annotations
 
-__all__ = ["token_logprobs"]
+import functools
+
+import jax
+
+from kernels import implementation as _implementation
+from kernels.token_logprobs import pallas_tpu, reference
+from kernels.token_logprobs.split_head import split_token_logprobs, splits
+
+__all__ = ["split_token_logprobs", "splits", "token_logprobs"]
+
+
+def token_logprobs(
+    hidden_MD: jax.Array,
+    head_VD: jax.Array,
+    target_M: jax.Array,
+    temperature: float = 1.0,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(hidden · headᵀ / temperature) at the target, and the entropy of that softmax.
+
+    The matrix product runs in the dtype of `head_VD` with float32 accumulation; everything after it is float32.
+    Differentiable in `hidden_MD` and `head_VD` through both results:
+    d logprob / d z = 1[target] - p, d entropy / d z = -p (log p + entropy), z the scaled logits.
+
+    Args:
+        hidden_MD: hidden states after the final norm.
+        head_VD: output embedding, one row a vocabulary entry.
+        target_M: int32 in [0, V).
+        temperature: divides the logits.
+        implementation: see `kernels.implementation`.
+
+    Returns:
+        (logprob_M, entropy_M), float32, entropy in nats.
+    """
+    obstacle = pallas_tpu.obstacle(hidden_MD.shape[1], hidden_MD.dtype.itemsize, head_VD.dtype.itemsize)
+    chosen = _implementation.choice("token_logprobs", implementation, obstacle=obstacle)
+    return _token_logprobs(hidden_MD, head_VD, target_M, temperature, tuple(chosen.items()))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_logprobs(hidden_MD, head_VD, target_M, temperature, chosen):
+    return _forward(hidden_MD, head_VD, target_M, temperature, chosen)[0]
+
+
+def _forward(hidden_MD, head_VD, target_M, temperature, chosen):
+    logprob_M, entropy_M, normalizer_M = _run(chosen, "forward", temperature, hidden_MD, head_VD, target_M)
+    return (logprob_M, entropy_M), (hidden_MD, head_VD, target_M, normalizer_M, entropy_M)
+
+
+def _backward(temperature, chosen, saved, cotangents):
+    return *_run(chosen, "backward", temperature, *saved, *cotangents), None
+
+
+def _run(chosen, direction: str, temperature: float, *arrays: jax.Array):
+    implementations = {
+        name: functools.partial(getattr(module, direction), temperature=temperature)
+        for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items()
+    }
+    return _implementation.run(dict(chosen), implementations, *arrays)
+
+
+_token_logprobs.defvjp(_forward, _backward)

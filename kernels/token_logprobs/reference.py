@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits that exist at one time
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logprobs(
-    hidden_MD: jax.Array, head_VD: jax.Array, target_M: jax.Array, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden · headᵀ / temperature) at the target, and the entropy of that softmax.
-
-    The matrix product runs in the dtype of `head_VD` with float32 accumulation; everything after it is float32.
-    Differentiable in `hidden_MD` and `head_VD` through both results:
-    d logprob / d z = 1[target] - p, d entropy / d z = -p (log p + entropy), z the scaled logits.
-
-    Args:
-        hidden_MD: hidden states after the final norm.
-        head_VD: output embedding, one row a vocabulary entry.
-        target_M: int32 in [0, V).
-        temperature: divides the logits.
-
-    Returns:
-        (logprob_M, entropy_M), float32, entropy in nats.
-    """
-    return _forward(hidden_MD, head_VD, target_M, temperature)[0]
 
 
 def _logits(hidden_cD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
@@ -48,7 +24,11 @@ def _chunks(vocabulary: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _forward(hidden_MD, head_VD, target_M, temperature):
+def forward(
+    hidden_MD: jax.Array, head_VD: jax.Array, target_M: jax.Array, *, temperature: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logprob_M, entropy_M, normalizer_M), float32."""
+
     def chunk(inputs):
         hidden_cD, target_c = inputs
         logits_cV = _logits(hidden_cD, head_VD, temperature)
@@ -59,13 +39,21 @@ def _forward(hidden_MD, head_VD, target_M, temperature):
         return logprob_c, entropy_c, normalizer_c
 
     chunks = _chunks(head_VD.shape[0], hidden_MD, target_M)
-    tokens = target_M.shape[0]
-    logprob_M, entropy_M, normalizer_M = (x.reshape(-1)[:tokens] for x in jax.lax.map(chunk, chunks))
-    return (logprob_M, entropy_M), (hidden_MD, head_VD, target_M, normalizer_M, entropy_M)
+    return tuple(x.reshape(-1)[: target_M.shape[0]] for x in jax.lax.map(chunk, chunks))
 
 
-def _backward(temperature, saved, cotangents):
-    hidden_MD, head_VD, target_M, normalizer_M, entropy_M = saved
+def backward(
+    hidden_MD: jax.Array,
+    head_VD: jax.Array,
+    target_M: jax.Array,
+    normalizer_M: jax.Array,
+    entropy_M: jax.Array,
+    d_logprob_M: jax.Array,
+    d_entropy_M: jax.Array,
+    *,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(d_hidden_MD, d_head_VD), in the dtypes of hidden and head."""
 
     def chunk(d_head_VD, inputs):
         hidden_cD, target_c, normalizer_c, entropy_c, d_logprob_c, d_entropy_c = inputs
@@ -80,10 +68,7 @@ def _backward(temperature, saved, cotangents):
         )
         return d_head_VD, d_hidden_cD.astype(hidden_MD.dtype)
 
-    chunks = _chunks(head_VD.shape[0], hidden_MD, target_M, normalizer_M, entropy_M, *cotangents)
+    chunks = _chunks(head_VD.shape[0], hidden_MD, target_M, normalizer_M, entropy_M, d_logprob_M, d_entropy_M)
     d_head_VD, d_hidden = jax.lax.scan(chunk, jnp.zeros(head_VD.shape, jnp.float32), chunks)
     d_hidden_MD = d_hidden.reshape(-1, hidden_MD.shape[1])[: hidden_MD.shape[0]]
-    return d_hidden_MD, d_head_VD.astype(head_VD.dtype), None
-
-
-token_logprobs.defvjp(_forward, _backward)
+    return d_hidden_MD, d_head_VD.astype(head_VD.dtype)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.token_logprobs import reference, token_logprobs
+from kernels.token_logprobs import pallas_tpu, reference, token_logprobs
 
 SIZES = [(1, 3, 2), (5, 8, 7), (67, 6, 131), (200, 16, 1001)]  # tokens M, model D, vocabulary V
 
 
-@pytest.fixture(params=["one chunk", "chunks of 64"], autouse=True)
+@pytest.fixture(params=["one chunk", "chunks of 64"])
 def chunks(request, monkeypatch):
     if request.param == "chunks of 64":
         monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
@@ -33,6 +33,7 @@ def numpy_reference(hidden, head, target, temperature) -> tuple[np.ndarray, np.n
     return log_p[np.arange(len(target)), target], -(np.exp(log_p) * log_p).sum(-1)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("size", SIZES)
 def test_values(size, temperature):
@@ -45,6 +46,7 @@ def test_values(size, temperature):
     np.testing.assert_allclose(entropy, expected[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("which", ["logprob", "entropy", "both"])
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_equal_float64_autograd(size, which):
@@ -57,17 +59,63 @@ def test_gradients_equal_float64_autograd(size, which):
         logprob, entropy = token_logprobs(hidden, head, target, 0.8)
         return jnp.sum(a * logprob + b * entropy)
 
-    ours = jax.grad(loss, argnums=(0, 1))(hidden, head)
+    assert_gradients(jax.grad(loss, argnums=(0, 1))(hidden, head), (hidden, head, target, 0.8), a, b)
+
+
+def assert_gradients(found, arguments, a, b):
+    """Of sum(a logprob + b entropy) by hidden and head, against torch's in float64."""
+    hidden, head, target, temperature = arguments
     theirs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, head)]
-    log_p = torch.log_softmax(theirs[0] @ theirs[1].T / 0.8, dim=-1)
-    logprob = log_p[torch.arange(size[0]), torch.tensor(target).long()]
+    log_p = torch.log_softmax(theirs[0] @ theirs[1].T / temperature, dim=-1)
+    logprob = log_p[torch.arange(len(hidden)), torch.tensor(target).long()]
     torch.sum(torch.tensor(a) * logprob - torch.tensor(b) * (log_p.exp() * log_p).sum(-1)).backward()
-    for gradient, expected in zip(ours, theirs, strict=True):
+    for gradient, expected in zip(found, theirs, strict=True):
         # float32 rounding of logits and sums, relative to the largest entry
         scale = float(expected.grad.abs().max())
         np.testing.assert_allclose(gradient, expected.grad.numpy(), atol=1e-5 * max(scale, 1), rtol=0)
 
 
+@pytest.fixture(scope="module")
+def small_tiles():
+    """Tiles of 8 tokens and 16 vocabulary entries, either way round, so that few numbers reach past a tile's edge."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "TILES", ((8, 16),))
+        yield
+
+
+@jax.jit
+def values_and_gradients(hidden, head, target, a, b):
+    values, backward = jax.vjp(lambda *x: token_logprobs(*x, target, 0.7), hidden, head)
+    return values, backward((a, b))
+
+
+# Tokens and vocabulary of one, at the edges of tiles and around them; the loss masks no token, some or all.
+@pytest.mark.parametrize(
+    ("size", "masked"), [((1, 3, 2), 0), ((8, 6, 16), 8), ((9, 6, 17), 2), ((17, 5, 7), 1), ((16, 8, 33), 0)]
+)
+def test_each_implementation(run, small_tiles, size, masked):
+    hidden, head, target = inputs(*size)
+    a, b = np.random.default_rng(1).standard_normal((2, size[0])).astype(np.float32)
+    a[:masked] = b[:masked] = 0
+    (logprob, entropy), gradients = run(values_and_gradients, hidden, head, target, a, b)
+    expected = numpy_reference(hidden, head, target, 0.7)
+    # float32 sums of logits up to 15; 2e-6 observed
+    np.testing.assert_allclose(logprob, expected[0], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(entropy, expected[1], atol=1e-5, rtol=0)
+    assert_gradients(gradients, (hidden, head, target, 0.7), a, b)
+    assert np.all(gradients[0][:masked] == 0)
+
+
+def test_two_cores_share_the_outer_tiles_without_a_race(interpreted, small_tiles):
+    hidden, head, target = inputs(9, 4, 17)
+    found = interpreted(
+        jax.jit(lambda *x: token_logprobs(*x, implementation="pallas_tpu")), hidden, head, target, cores=2
+    )
+    for ours, expected in zip(found, numpy_reference(hidden, head, target, 1.0), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("chunks")
 def test_gradients_equal_finite_differences():
     hidden, head, target = inputs(67, 6, 131)
     random = np.random.default_rng(2)
@@ -92,6 +140,7 @@ def test_gradients_equal_finite_differences():
     np.testing.assert_allclose(ours, difference, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("chunks")
 def test_large_logits_do_not_overflow():
     hidden, head, target = inputs(5, 8, 7)
     logprob, entropy = token_logprobs(1e3 * hidden, head, target)
@@ -102,6 +151,7 @@ def test_large_logits_do_not_overflow():
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.usefixtures("chunks")
 def test_bfloat16_operands_give_float32_results_and_their_own_gradients():
     hidden, head, target = inputs(67, 16, 131)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, head)]

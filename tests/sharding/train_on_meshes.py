@@ -17,6 +17,7 @@ from lm_jax.config import DecoderConfig  # noqa: E402
 from lm_jax.optimizer import make_optimizer  # noqa: E402
 from lm_jax.parameters import initialize, shardings  # noqa: E402
 from lm_jax.token_loss import Objective  # noqa: E402
+from sharding.distributed import place_batch  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
 
 CONFIG = DecoderConfig("qwen3", 96, 32, 2, 4, 2, 8, 64, qk_norm=True)
@@ -82,7 +83,7 @@ def measure(mesh):
     places = shardings(CONFIG, mesh) if mesh else {}
     state = train_state.create(jax.device_put(start, places or None), transformation)
     wrong = misplaced(state, places)
-    state, metrics = step.update(state, train_state.place_batch(random_batch(), mesh), TERMS)
+    state, metrics = step.update(state, place_batch(random_batch(), mesh), TERMS)
     gradient = jax.device_get(state.optimizer[0].trace)
     return {name: float(value) for name, value in metrics.items()}, gradient, wrong + misplaced(state, places)
 

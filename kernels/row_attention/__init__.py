@@ -1,0 +1,105 @@
+"""Attention inside rows of trunks and branches, forward and backward, without the scores of a whole row.
+
+A row of T tokens has T x T scores a head. Kept for the backward pass in float32 they are the largest arrays of a train
+step by far; here the backward pass computes them again, on a TPU one tile at a time, from one normalizer a query.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from kernels import implementation as _implementation
+from kernels.row_attention import pallas_tpu, reference
+from kernels.row_attention.place import BRANCHES, place_of
+
+__all__ = ["BRANCHES", "row_attention", "split_row_attention", "splits"]
+
+
+def row_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    groups_BT: jax.Array,
+    branches_BT: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Each token attends to the earlier tokens of its group that lie on the trunk or on its own branch, and to itself.
+
+    Branch 0 is the trunk of its group. Padding is a group like another. Scores are scaled by H ** -0.5; they, the
+    softmax and the accumulation are float32, the matrix products run in the dtypes of their operands. Differentiable in
+    q, k and v. Positions (rotary) are the caller's.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: query head n shares key/value head n // (N / K).
+        groups_BT: int32 in [0, 2 ** 15).
+        branches_BT: int32 in [0, BRANCHES).
+        implementation: see `kernels.implementation`.
+
+    Returns:
+        mixed_BTNH in v's dtype.
+    """
+    obstacle = pallas_tpu.obstacle(q_BTNH, k_BTKH, v_BTKH)
+    chosen = _implementation.choice("row_attention", implementation, obstacle=obstacle)
+    return _row_attention(q_BTNH, k_BTKH, v_BTKH, place_of(groups_BT, branches_BT), tuple(chosen.items()))
+
+
+def splits(mesh: AbstractMesh, batch: int, kv_heads: int, rows: tuple[str, ...], heads: str) -> bool:
+    """Whether `split_row_attention` can run: several devices, and the mesh divides rows and key/value heads evenly."""
+    if mesh.empty or mesh.size == 1:
+        return False
+    return batch % math.prod(mesh.shape[axis] for axis in rows) == 0 and kv_heads % mesh.shape[heads] == 0
+
+
+def split_row_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    groups_BT: jax.Array,
+    branches_BT: jax.Array,
+    rows: tuple[str, ...],
+    heads: str,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`row_attention` of global arrays on the mesh that is set (`jax.set_mesh`), differentiable likewise.
+
+    Each device attends in its rows and with its heads, and nothing is exchanged.
+
+    Args:
+        rows: mesh axes that split the batch.
+        heads: mesh axis that splits the key/value heads, and the query heads with them.
+    """
+    by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    mapped = jax.shard_map(
+        lambda *arrays: row_attention(*arrays, implementation=implementation),
+        in_specs=(by_head, by_head, by_head, by_row, by_row),
+        out_specs=by_head,
+        check_vma=False,
+    )
+    return mapped(q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _row_attention(q_BTNH, k_BTKH, v_BTKH, place_BT, chosen):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, place_BT, chosen)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, place_BT, chosen):
+    mixed_BTNH, normalizer_BKTM = _run(chosen, "forward", q_BTNH, k_BTKH, v_BTKH, place_BT)
+    return mixed_BTNH, (q_BTNH, k_BTKH, v_BTKH, place_BT, mixed_BTNH, normalizer_BKTM)
+
+
+def _backward(chosen, saved, d_mixed_BTNH):
+    return *_run(chosen, "backward", *saved, d_mixed_BTNH), None
+
+
+def _run(chosen, direction: str, *arrays: jax.Array):
+    implementations = {"xla": getattr(reference, direction), "pallas_tpu": getattr(pallas_tpu, direction)}
+    return _implementation.run(dict(chosen), implementations, *arrays)
+
+
+_row_attention.defvjp(_forward, _backward)

@@ -1,0 +1,153 @@
+"""Many processes, one run: start-up, who writes, what each reads, and being told to stop.
+
+With one process every function here is what it would be without it, so nothing above asks how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.rules import RULES
+
+SILENCE = 60  # seconds without a sign of a process after which the others end
+GRACE = 60  # seconds between SIGTERM and the end, whatever the run is doing
+PREEMPTED = 75  # exit status of a run that a launcher should start again (EX_TEMPFAIL of sysexits.h)
+
+
+def start() -> None:
+    """Join the other processes, if the environment says there are any; call it before anything else of jax.
+
+    Either plain addresses, JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID; or
+    AFRL_DISTRIBUTED=1, and jax finds out by itself (TPU pods, SLURM, Open MPI, Kubernetes).
+
+    Raises:
+        ValueError: only some of the plain addresses are given.
+    """
+    plain = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given = [value for value in (address, *plain.values()) if value is not None]
+    patience = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
+    if len(given) == 3:
+        count, index = (int(value) for value in plain.values())
+        jax.distributed.initialize(address, count, index, **patience)
+    elif os.environ.get("AFRL_DISTRIBUTED") == "1":
+        jax.distributed.initialize(**patience)
+    elif given:
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS, {' and '.join(plain)} go together; {len(given)} of 3 are set")
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that logs and writes small files."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_primary(name: str, write: Callable[[], Any]) -> None:
+    """Run `write` in one process while the others wait."""
+    if is_primary():
+        write()
+    barrier(name)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays, as NumPy, in every process, wherever their parts lie. All processes must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: jax.device_get(x) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True),
+        tree,
+    )
+
+
+def concatenate(local: np.ndarray) -> np.ndarray:
+    """What the processes have, one behind the other, in every process; the shapes must be the same."""
+    if jax.process_count() == 1:
+        return local
+    return np.concatenate(multihost_utils.process_allgather(np.asarray(local)))
+
+
+def batch_parts(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+
+
+def share(mesh: Mesh | None) -> tuple[int, int]:
+    """(index, count): this process computes the index-th of `count` equal pieces of every batch's rows.
+
+    Processes that a tensor axis joins have the same piece. Where the mesh deals rows out in another order than by
+    process, the piece is all of it: (0, 1).
+    """
+    if mesh is None or jax.process_count() == 1:
+        return 0, 1
+    parts = batch_parts(mesh)
+    place = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    mine = sorted({slices[0].start or 0 for slices in place.addressable_devices_indices_map((parts,)).values()})
+    whole = parts // len(mine) * len(mine) == parts and mine == list(range(mine[0], mine[0] + len(mine)))
+    return (mine[0] // len(mine), parts // len(mine)) if whole and mine[0] % len(mine) == 0 else (0, 1)
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Split a batch (a tree of NumPy arrays, this process's rows first) over the mesh; without a mesh, as it is."""
+    if mesh is None:
+        return batch
+    place = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, place)
+    count = share(mesh)[1]
+
+    def whole(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(place, x, (x.shape[0] * count, *x.shape[1:]))
+
+    return jax.tree.map(whole, batch)
+
+
+class Stop:
+    """SIGTERM, as a pod sends it before it takes a machine away.
+
+    The first one is remembered and asked for at every step, by `wanted`; `GRACE` seconds later, or at the second one,
+    the process ends whatever it is doing. With several processes the word of one is passed on to all by jax, and they
+    agree on the step; where no steps are made, between stages, they go on until they are killed.
+    """
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+
+    def listen(self, said: Callable[[], None]) -> None:
+        """Take over SIGTERM; `said` is called when it comes."""
+        if jax.process_count() > 1:
+            return  # jax listens
+
+        def hear(number: int, frame: FrameType | None) -> None:
+            if self._told.is_set():
+                os._exit(128 + number)
+            self._told.set()
+            said()
+            timer = threading.Timer(GRACE, os._exit, (PREEMPTED,))
+            timer.daemon = True
+            timer.start()
+
+        signal.signal(signal.SIGTERM, hear)
+
+    def wanted(self, step: int) -> bool:
+        """Whether to save after this step and end; every process gets the same answer for the same step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told.is_set()
+
+
+stop = Stop()

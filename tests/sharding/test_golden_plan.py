@@ -1,0 +1,29 @@
+"""The plan's figures are those of the golden file: the small set; `python -m benchmarks.plan_figures` compares all."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks.plan_figures import GOLDEN, differences, entries
+
+
+def test_the_students_programs_cost_what_they_did():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: it holds the compiler for TPUs")
+    golden = json.loads(GOLDEN.read_text())
+    found = dict(entries("0.6B", "v5e:4x4", lambda entry, program: program == "scoring"))
+    assert list(found) == ["student v5e:4x4 scoring"]
+    for name, figures in found.items():
+        assert not differences(figures, golden[name]), "see benchmarks/plan_figures.py for what to do about it"
+
+
+def test_the_golden_file_is_of_plausible_figures():
+    """Independent of the compiler: what a chip holds of a model follows from its size and the mesh."""
+    for name, figures in json.loads(GOLDEN.read_text()).items():
+        if figures["fits"]:
+            assert 0 < figures["MFU"] < 1, name
+            assert figures["s"] >= figures["s computing"] > 0, name
+        if name.startswith("32B v5p:4x4x4 sft"):  # float32 weights over 64 chips
+            assert figures["GiB of weights"] == pytest.approx(32.76e9 * 4 / 64 / 2**30, rel=0.02)
+            assert figures["GiB of optimizer"] == pytest.approx(2 * figures["GiB of weights"], rel=0.01)
