@@ -12,15 +12,20 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every file it writes
 
 
 class Checkpoints:
-    """The newest train states of one stage, in `folder`/<step>."""
+    """The newest train states of one stage, in `folder`/<step>.
+
+    Attributes:
+        cut_short: names of what a kill left half-written; it was never a checkpoint, and is removed.
+    """
 
     def __init__(self, folder: Path, keep: int = 1):
+        self.cut_short = sorted(path.name for path in folder.glob("*.orbax-checkpoint-tmp*"))
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -58,6 +63,12 @@ def load_tree(folder: Path, like: Any) -> Any:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place of `x`; without a place, the first device (not where it lay when it was written)."""
-    place = getattr(x, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    """Shape, dtype and place of `x`; without one on a mesh, all of the mesh, or else the first device.
+
+    Never the place where it lay when it was written: that may have been another mesh.
+    """
+    place = getattr(x, "sharding", None)
+    if not isinstance(place, NamedSharding) and not (mesh := jax.sharding.get_mesh()).empty:
+        place = NamedSharding(mesh, PartitionSpec())
+    place = place or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

@@ -20,11 +20,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 
+from kernels.rms_norm import rms_norm
+from kernels.row_attention import row_attention, split_row_attention, splits
 from lm_jax.config import DecoderConfig
-from lm_jax.parameters import Parameters, table
-from sharding.rules import constrain
+from lm_jax.lora import merged_layer
+from lm_jax.parameters import Parameters, rotary_frequencies, table
+from sharding.rules import RULES, constrain
 
 REMAT = {
     "none": None,
@@ -59,16 +63,9 @@ def _contract_backward(equation, saved, cotangent):
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
-
-
 def rotary_angles(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) [..., 1, H/2] float32 of positions [...]; the added axis broadcasts over heads."""
-    frequency = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    frequency = rotary_frequencies(head_size, theta).astype(np.float32)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -80,25 +77,15 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention_mask(groups_BT: jax.Array, branches_BT: jax.Array) -> jax.Array:
-    """[B, T, S] bool: may token t look at token s? Earlier in the row, same group, on the trunk or on t's branch."""
-    tokens = groups_BT.shape[1]
-    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
-    same_group = groups_BT[:, :, None] == groups_BT[:, None, :]
-    visible = (branches_BT[:, None, :] == 0) | (branches_BT[:, :, None] == branches_BT[:, None, :])
-    return causal & same_group & visible
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32; every row of the mask must allow something."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    # [B, K, T, M, S] is the order in which a batched matrix product leaves the scores: no copy of the largest array.
-    q_BKTMH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2)
-    score_BKTMS = contract("bktmh,bskh->bktms", q_BKTMH * H**-0.5, k_BSKH)
-    score_BKTMS = jnp.where(mask_BTS[:, None, :, None], score_BKTMS, -jnp.inf)
-    mixed_BKTMH = contract("bktms,bskh->bktmh", jax.nn.softmax(score_BKTMS, axis=-1), v_BSKH)
-    return mixed_BKTMH.swapaxes(1, 2).reshape(B, T, N, H)
+def attend(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, groups_BT: jax.Array, branches_BT: jax.Array
+) -> jax.Array:
+    """Attention inside rows; on a mesh each device takes its own rows and heads, if the mesh divides them."""
+    rows, heads = RULES["batch"], RULES["kv_heads"]
+    arrays = (q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
+    if splits(jax.sharding.get_abstract_mesh(), q_BTNH.shape[0], k_BTKH.shape[2], rows, heads):
+        return split_row_attention(*arrays, rows, heads)
+    return row_attention(*arrays)
 
 
 @struct.dataclass
@@ -118,15 +105,17 @@ class Cache:
 class Decoder(nnx.Module):
     """Weights plus the three entries. `dtype` is the compute dtype, `remat` what the backward pass recomputes."""
 
-    def __init__(
-        self, config: DecoderConfig, parameters: Parameters, *, dtype: Any = jnp.float32, remat: str = "none"
-    ):
+    def __init__(self, config: DecoderConfig, parameters: Parameters, *, dtype: Any = jnp.float32, remat: str = "none"):
         if missing := table(config).keys() - parameters.keys():
             raise ValueError(f"the decoder's parameters {sorted(missing)} are missing")
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         for name, row in table(config).items():
             keep = jnp.float32 if row.start == "ones" else self.dtype  # norms scale in float32
             setattr(self, name, nnx.Param(parameters[name].astype(keep)))
+        adapters = sorted(parameters.keys() - table(config).keys())
+        self.stacked = (*(name for name, row in table(config).items() if row.stacked), *adapters)
+        for name in adapters:
+            setattr(self, name, nnx.Param(parameters[name]))
 
     @property
     def output_embedding(self) -> jax.Array:
@@ -157,6 +146,7 @@ class Decoder(nnx.Module):
         last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
         config = self.config
         empty = jnp.zeros((config.layers, P, group, answer, config.kv_heads, config.head_size), self.dtype)
+        empty = constrain(empty, ("layers", "batch", None, None, "kv_heads", "head_size"))
         return last_PD, Cache(keys, values, lengths_P, empty, empty)
 
     def decode(self, tokens_PG: jax.Array, step: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -180,6 +170,7 @@ class Decoder(nnx.Module):
         def block(carry, inputs):
             x_PGD, answer_keys, answer_values = carry
             index, weights, prompt_keys_PSKH, prompt_values_PSKH = inputs
+            weights = merged_layer(weights)
             q_PGNH, k_PGKH, v_PGKH = self._queries_keys_values(x_PGD, weights, angles)
 
             def append(block, new_PGKH):
@@ -190,9 +181,7 @@ class Decoder(nnx.Module):
             over_prompt = jnp.where(
                 in_prompt_PS[:, None, None, None], contract("pgkmh,pskh->pgkms", q_PGKMH, prompt_keys_PSKH), -jnp.inf
             )
-            over_answer = jnp.where(
-                in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, answer_keys[index]), -jnp.inf
-            )
+            over_answer = jnp.where(in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, answer_keys[index]), -jnp.inf)
             weight = jax.nn.softmax(jnp.concatenate([over_prompt, over_answer], axis=-1), axis=-1)
             prompt_weight, answer_weight = jnp.split(weight, [prompt_keys_PSKH.shape[1]], axis=-1)
             mixed = contract("pgkms,pskh->pgkmh", prompt_weight, prompt_values_PSKH)
@@ -208,14 +197,15 @@ class Decoder(nnx.Module):
 
     def _full(self, tokens_BT, positions_BT, groups_BT, branches_BT, keep_cache: bool):
         branches_BT = jnp.zeros_like(groups_BT) if branches_BT is None else branches_BT
-        mask_BTS = attention_mask(groups_BT, branches_BT)
         angles = rotary_angles(positions_BT, self.config.head_size, self.config.rope_theta)
 
         def block(x_BTD, weights):
+            weights = self._gathered(weights)
             q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(x_BTD, weights, angles)
-            x_BTD = self._finish(x_BTD, attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS), weights)
+            x_BTD = self._finish(x_BTD, attend(q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT), weights)
             x_BTD = constrain(x_BTD, ("batch", "length", "activation"))
-            return x_BTD, (k_BTKH, v_BTKH) if keep_cache else None
+            kept = ("batch", "length", "kv_heads", "head_size")
+            return x_BTD, (constrain(k_BTKH, kept), constrain(v_BTKH, kept)) if keep_cache else None
 
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
@@ -228,7 +218,19 @@ class Decoder(nnx.Module):
         return constrain(self.embed[...], ("vocab", "activation"))[tokens]
 
     def _layers(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name, row in table(self.config).items() if row.stacked}
+        return {name: getattr(self, name)[...] for name in self.stacked}
+
+    def _gathered(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """One layer's weights, whole but for the tensor axis: rows of a batch are split over fsdp, so weights are not.
+
+        Left to itself the partitioner may multiply piece by piece instead, which writes and reads the float32 sum of a
+        product as often as there are pieces.
+        """
+        rows = table(self.config)
+        return {
+            name: constrain(x, tuple("activation" if axis == "embed" else axis for axis in rows[name].axes[1:]))
+            for name, x in merged_layer(weights).items()
+        }
 
     def _queries_keys_values(self, x: jax.Array, weights: dict[str, jax.Array], angles) -> tuple[jax.Array, ...]:
         """Normed and projected [..., heads, H], queries and keys rotated; x is [B, T, D]."""

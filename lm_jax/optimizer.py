@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -39,6 +43,7 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.95,
     epsilon: float = 1e-8,
+    dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon; weight decay leaves norms and biases alone.
 
@@ -49,7 +54,11 @@ def make_optimizer(
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {kind!r}; known are {', '.join(OPTIMIZERS)}")
-    mask = decay_mask(config)
+    decayed = decay_mask(config)
+
+    def mask(parameters: Any) -> dict[str, bool]:
+        return {name: decayed.get(name, True) for name in parameters}  # adapters are matrices
+
     if kind == "adamw":
         update = optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
     else:
@@ -64,4 +73,19 @@ def make_optimizer(
         )
         decay = optax.add_decayed_weights(weight_decay, mask)
         update = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
+    if dtype != "float32":
+        update = stored_in(dtype, update)
     return optax.chain(optax.clip_by_global_norm(clip), update)
+
+
+def stored_in(dtype: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation with its moments kept in `dtype` between steps; it still computes in float32."""
+
+    def cast(state: optax.OptState, to: str) -> optax.OptState:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(gradient, state, parameters):
+        updates, state = transformation.update(gradient, cast(state, "float32"), parameters)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda parameters: cast(transformation.init(parameters), dtype), update)

@@ -15,12 +15,14 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from lm_jax.config import DecoderConfig
 from sharding import rules
 
 Parameters = dict[str, jax.Array]
+NEAR = 50  # tokens
+CONSTANT = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +117,13 @@ def table(config: DecoderConfig) -> dict[str, Parameter]:
 def initialize(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> Parameters:
     """Random float32 parameters, each drawn from (seed, its name): the same on every mesh, created where they live.
 
-    Keys start as the first query head of their group, so from the first step that head looks for tokens like its own:
-    judging a document by a query is made of that, and two independent draws take much of a short run to find it. (In
-    the quickstart's text stage the loss passed 0.35 after 400 steps instead of 550; one run each.)
+    Two things are not left to chance, because judging a document by a query is made of them and a short run spends
+    much of itself on finding them. Keys start as the first query head of their group, with the rotary pairs negated
+    that turn by a radian within NEAR tokens: so that head looks for tokens like its own, and not at its own. And one
+    coordinate of all embeddings starts at CONSTANT times their scale: what biases are made of, in a decoder without.
     """
+    turning = rotary_frequencies(config.head_size, config.rope_theta) > 1 / NEAR
+    sign_H = np.tile(np.where(turning, -1.0, 1.0), 2).astype(np.float32)
 
     def draw() -> Parameters:
         key = jax.random.key(seed)
@@ -129,15 +134,30 @@ def initialize(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> Pa
                 continue
             scale = config.initializer_range / (math.sqrt(2 * config.layers) if row.start == "residual" else 1.0)
             parameters[name] = scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), row.shape)
-        parameters["key"] = parameters["query"][:, :, :: config.query_heads // config.kv_heads]
+        parameters["key"] = parameters["query"][:, :, :: config.query_heads // config.kv_heads] * sign_H
+        parameters["embed"] = parameters["embed"].at[:, 0].set(CONSTANT * config.initializer_range)
         return parameters
 
     return jax.jit(draw, out_shardings=None if mesh is None else shardings(config, mesh))()
 
 
+def rotary_frequencies(head_size: int, theta: float) -> np.ndarray:
+    """float64 [H/2], radians a token of each rotary pair; the pairs are (i, i + H/2)."""
+    return theta ** (-np.arange(0, head_size, 2) / head_size)
+
+
 def shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
     """Where each parameter lives on the mesh."""
     return {name: rules.sharding(mesh, row.axes, row.shape) for name, row in table(config).items()}
+
+
+def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and place of each parameter, float32: what a checkpoint of them is read by."""
+    single = SingleDeviceSharding(jax.local_devices()[0])
+    places = dict.fromkeys(table(config), single) if mesh is None else shardings(config, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=places[name]) for name, row in table(config).items()
+    }
 
 
 def decay_mask(config: DecoderConfig) -> dict[str, bool]:

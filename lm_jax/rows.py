@@ -26,10 +26,11 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """Input tokens and the targets predicted at the last `len(targets)` of them.
+    """Input tokens and the targets predicted at the last `len(targets)` of them, unless `at` says where.
 
     `token_values` are floats a target ([n] each), `label_values` floats for the label slot, which is the position that
     predicts the first target, or the last input where there are no targets (None: this branch has no label slot).
+    `at` are indices of inputs, one a target: so a hidden state may be asked for what is not the next input.
     """
 
     inputs: np.ndarray
@@ -37,6 +38,12 @@ class Branch:
     segments: np.ndarray
     token_values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     label_values: Mapping[str, np.ndarray | float] | None = None
+    at: np.ndarray | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """The index of the input that predicts each target."""
+        return np.arange(len(self.inputs) - len(self.targets), len(self.inputs)) if self.at is None else self.at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,16 +153,17 @@ def render_row(groups: Sequence[Group], row: Row, shape: RowShape) -> Batch:
         token += len(group.trunk)
         for order, branch in enumerate((group.branches[i] for i in chosen), start=1):
             place(branch.inputs, len(group.trunk), number, order)
+            at = token + branch.places
             token += len(branch.inputs)
             here = slice(target, target + len(branch.targets))
-            arrays["at"][here] = np.arange(token - len(branch.targets), token)
+            arrays["at"][here] = at
             arrays["target"][here] = branch.targets
             arrays["segment"][here] = branch.segments
             for name in shape.token_values:
                 arrays[name][here] = branch.token_values.get(name, 0.0)
             target += len(branch.targets)
             if branch.label_values is not None:
-                arrays["label_at"][label] = token - max(1, len(branch.targets))
+                arrays["label_at"][label] = at[0] if len(at) else token - 1
                 for name, _ in shape.label_values:
                     arrays[name][label] = branch.label_values.get(name, 0.0)
                 label += 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_jax.checkpoint import load_tree, save_tree
+from sharding.distributed import on_primary
 
 
 class ConfigChanged(ValueError):
@@ -25,9 +27,13 @@ class RunFolder:
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
         refuse_other_config(workdir, config)
         self.path = workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "config.json").exists():
-            write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+
+        def begin() -> None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not (workdir / "config.json").exists():
+                write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+
+        on_primary("run folder", begin)
 
     def checkpoints(self, stage: str) -> Path:
         """Where the checkpoints of a running stage are."""
@@ -39,13 +45,17 @@ class RunFolder:
         return json.loads(file.read_text()) if file.exists() else None
 
     def finish(self, stage: str, facts: Mapping[str, Any], arrays: Any = None) -> None:
-        """Mark a stage finished, after writing its arrays; then drop its checkpoints."""
+        """Mark a stage finished, after writing its arrays; then drop its checkpoints. All processes call it."""
         folder = self.path / "stages" / stage
-        folder.mkdir(parents=True, exist_ok=True)
+        on_primary(f"{stage}: folder", lambda: folder.mkdir(parents=True, exist_ok=True))
         if arrays is not None:
             save_tree(folder / "arrays", arrays)
-        write_atomically(folder / "done.json", json.dumps(dict(facts), indent=2) + "\n")
-        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+
+        def mark() -> None:
+            write_atomically(folder / "done.json", json.dumps(dict(facts), indent=2) + "\n")
+            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+
+        on_primary(f"{stage}: finished", mark)
 
     def arrays(self, stage: str, like: Any) -> Any:
         """The arrays of a finished stage, placed as `like`."""
@@ -61,7 +71,12 @@ class RunFolder:
 
 
 def refuse_other_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Raise ConfigChanged, naming every differing key with both values, where the folder holds another config's run."""
+    """Raise ConfigChanged, naming every differing key with both values, where the folder holds another config's run.
+
+    Raises NotADirectoryError where it is a file.
+    """
+    if workdir.is_file():
+        raise NotADirectoryError(f"--workdir: {workdir} is a file; a run lives in a folder")
     file = workdir / "config.json"
     if not file.exists():
         return
@@ -83,6 +98,16 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
+
+
+def replace_folder(folder: Path, partial: Path) -> None:
+    """`partial` takes the place of `folder`, which is never there half."""
+    before = folder.with_name(f"{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(partial, folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

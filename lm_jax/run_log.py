@@ -9,13 +9,22 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rich.console
 import rich.progress
 
 Item = TypeVar("Item")
 console = rich.console.Console(stderr=True, highlight=False)
+
+
+_silent = False
+
+
+def silence() -> None:
+    """Tell and log nothing from here on: another process of the run does."""
+    global _silent
+    _silent = True
 
 
 class RunLog:
@@ -30,9 +39,15 @@ class RunLog:
 
         return SummaryWriter(str(self._workdir / "tensorboard"))
 
+    def seconds(self, stage: str) -> float:
+        """What a stage has taken so far, over all the times it was resumed: the `seconds` of its newest record."""
+        if not self._path.exists():
+            return 0.0
+        return next((r.get("seconds", 0.0) for r in reversed(read_log(self._path)) if r["stage"] == stage), 0.0)
+
     def resume(self, stage: str, step: int) -> None:
         """Forget records of `stage` from `step` on and any half-written line: they will be written again."""
-        if not self._path.exists():
+        if _silent or not self._path.exists():
             return
         kept = []
         for line in self._path.read_text().splitlines():
@@ -48,6 +63,8 @@ class RunLog:
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """One record; numbers that are not finite become null."""
+        if _silent:
+            return
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -61,19 +78,36 @@ class RunLog:
             self._events.close()
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's log.jsonl, a line a step. A last line that a kill cut short is left out.
+
+    Any other line that is no JSON raises ValueError with its number.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if line.endswith("\n"):
+                raise ValueError(f"{path}:{number}: not a log record: {line.strip()!r}") from error
+    return records
+
+
 def say(message: str) -> None:
     """A line for the person who watches."""
-    console.print(message, markup=False)
+    if not _silent:
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def progress(items: Iterable[Item], title: str, total: int, start: int = 0, every: float = 30.0) -> Iterator[Item]:
     """Go through `items` with a progress bar and ETA; where nobody watches, one plain line every `every` seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _silent:
         columns = (
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("ETA"),
             rich.progress.TimeRemainingColumn(),
             rich.progress.TextColumn("{task.fields[note]}"),
         )

@@ -33,7 +33,6 @@ def sample(
     lengths_P: jax.Array,
     row_ids_P: jax.Array,
     key: jax.Array,
-    first_PG: jax.Array | None = None,
     *,
     config: DecoderConfig,
     group: int,
@@ -48,7 +47,6 @@ def sample(
         tokens_PS, lengths_P: the prompts.
         row_ids_P: an identity for each prompt; together with `key` it alone decides that prompt's answers.
         key: from (seed, stage, step).
-        first_PG: the token each answer begins with; by default it is sampled like the others.
         temperature: 0 decodes greedily (log-probs are then those at temperature 1).
     """
     decoder = Decoder(config, parameters, dtype=dtype)
@@ -67,8 +65,6 @@ def sample(
             tokens_PG = jnp.argmax(logprobs_PGV + noise, axis=-1)
         else:
             tokens_PG = jnp.argmax(logprobs_PGV, axis=-1)
-        if first_PG is not None:
-            tokens_PG = jnp.where(step == 0, first_PG, tokens_PG)
         chosen_PG = jnp.take_along_axis(logprobs_PGV, tokens_PG[..., None], axis=-1)[..., 0]
         return tokens_PG.astype(jnp.int32), chosen_PG
 

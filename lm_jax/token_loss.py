@@ -18,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.token_logprobs import token_logprobs
+from kernels.token_logprobs import split_token_logprobs, splits, token_logprobs
 from lm_jax.decoder import Decoder, contract
+from sharding.rules import RULES
 
 Sums = dict[str, jax.Array]
 
@@ -54,11 +55,17 @@ def outputs(decoder: Decoder, batch: Mapping[str, jax.Array], label_ids: tuple[i
         return jnp.take_along_axis(hidden_BTD, at_BM[..., None], axis=1)
 
     B, M = batch["at"].shape
-    logprob, entropy = token_logprobs(
-        gather(batch["at"]).reshape(B * M, -1), head_VD, batch["target"].reshape(-1)
-    )
+    logprob, entropy = _logprobs(gather(batch["at"]).reshape(B * M, -1), head_VD, batch["target"].reshape(-1))
     label_logits_BQC = contract("bqd,cd->bqc", gather(batch["label_at"]), head_VD[jnp.array(label_ids)])
     return Outputs(logprob.reshape(B, M), entropy.reshape(B, M), jax.nn.log_softmax(label_logits_BQC, axis=-1))
+
+
+def _logprobs(hidden_MD: jax.Array, head_VD: jax.Array, target_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """On a mesh the vocabulary is split over all axes that split the head, so that nobody gathers it."""
+    rows, head = RULES["batch"], (RULES["vocab"], RULES["embed"])
+    if splits(jax.sharding.get_abstract_mesh(), target_M.shape[0], head_VD.shape[0], rows, head):
+        return split_token_logprobs(hidden_MD, head_VD, target_M, rows, head)
+    return token_logprobs(hidden_MD, head_VD, target_M)
 
 
 def ratio(total: jax.Array, denominator: jax.Array) -> jax.Array:

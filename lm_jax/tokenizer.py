@@ -71,12 +71,18 @@ class Tokenizer:
         counts[: len(texts)] = [text.count("\n") for text in texts]
         return counts
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads."""
+    def save(self, folder: str | Path, *, chat_template: bool = True) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
+
+        Args:
+            chat_template: whether to keep the tokenizer's, if it has one.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
+        if not chat_template:
+            settings.pop("chat_template", None)
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from lm_jax import run_log
 from lm_jax.checkpoint import Checkpoints
-from lm_jax.train_state import Step, TrainState, place_batch
+from lm_jax.train_state import Step, TrainState
+from sharding import distributed
 
 # (state, step number) -> (batch of rows, metrics known already on the host)
 BatchAt = Callable[[TrainState, int], tuple[Mapping[str, Any], Mapping[str, float]]]
@@ -22,6 +23,10 @@ BatchAt = Callable[[TrainState, int], tuple[Mapping[str, Any], Mapping[str, floa
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is no longer a number."""
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop; what it had is saved."""
 
 
 def fit(
@@ -40,20 +45,25 @@ def fit(
     """Train from `state` to step `steps`, resuming from the newest checkpoint in `folder`.
 
     Batches and coefficients are functions of the step number (and of the state, where rollouts are drawn from it), so a
-    resumed run sees what the uninterrupted one would have seen.
+    resumed run sees what the uninterrupted one would have seen. Records carry the `seconds` that the stage has taken,
+    those before a resume included.
 
     Raises:
         NonFiniteLoss: names the stage, the step and the last good checkpoint.
+        Preempted: `distributed.stop` asked for it; the step that was running is finished and saved.
     """
     checkpoints = Checkpoints(folder)
     saved = checkpoints.latest_step()
+    for name in checkpoints.cut_short:
+        run_log.say(f"{stage}: the checkpoint {name} was cut short and is not used")
     if saved is not None:
         state = checkpoints.restore(saved, state)
         run_log.say(f"{stage}: resumed at step {saved}")
     start = saved or 0
-    log.resume(stage, start)
     good = saved
     clock = time.monotonic()
+    began = clock - log.seconds(stage)
+    log.resume(stage, start)
 
     def record(number: int, metrics: Mapping[str, jax.Array], host: Mapping[str, float], tokens: int) -> None:
         nonlocal clock
@@ -65,6 +75,7 @@ def fit(
             )
         now = time.monotonic()
         values["tokens_per_second"] = tokens / (now - clock)
+        values["seconds"] = now - began
         clock = now
         log.write(stage, number, values)
         shown = ("loss", "reward", "first_token/accuracy", "tokens_per_second")
@@ -74,17 +85,20 @@ def fit(
     with contextlib.closing(checkpoints):  # on an error too: the checkpoint that it names is whole
         for number in run_log.progress(range(start, steps), stage, steps, start):
             batch, host = batch_at(state, number)
-            tokens = int((batch["groups"] > 0).sum())
-            state, metrics = step.update(state, place_batch(batch, mesh), dict(coefficients(number)))
+            tokens = int((batch["groups"] > 0).sum()) * distributed.share(mesh)[1]
+            state, metrics = step.update(state, distributed.place_batch(batch, mesh), dict(coefficients(number)))
             if pending is not None:
                 record(*pending)
             pending = (number, metrics, host, tokens)
             done = number + 1
-            if done % save_every == 0 and done < steps:
+            stopping = distributed.stop.wanted(done)
+            if (done % save_every == 0 and done < steps) or stopping:
                 record(*pending)  # never keep a state whose loss was not looked at
                 pending = None
                 checkpoints.save(done, state)
                 good = done
+            if stopping:
+                raise Preempted(f"{stage}: saved at step {done}")
         if pending is not None:
             record(*pending)
     return state

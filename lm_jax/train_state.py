@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lm_jax import token_loss
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
-from lm_jax.parameters import Parameters
+from lm_jax.lora import trained
+from lm_jax.parameters import Parameters, table
 from sharding.rules import constrain
 
 
 @struct.dataclass
 class TrainState:
-    """Step count, float32 master parameters and optimizer state: what a checkpoint holds."""
+    """Step count, float32 master parameters (and what adapters leave frozen), optimizer state: a checkpoint."""
 
     step: jax.Array
     parameters: Parameters
@@ -42,7 +43,8 @@ def create(parameters: Parameters, optimizer: optax.GradientTransformation) -> T
         return x.sharding if isinstance(x.sharding, NamedSharding) else None
 
     places = jax.tree.map(split, abstract_state(parameters, optimizer).optimizer)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init, out_shardings=places)(parameters))
+    moments = jax.jit(optimizer.init, out_shardings=places)(trained(parameters))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, moments)
 
 
 def abstract_state(parameters: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -54,7 +56,7 @@ def abstract_state(parameters: Any, optimizer: optax.GradientTransformation) -> 
         moment = name is not None and x.shape == parameters[name].shape
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name] if moment else None)
 
-    moments = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, parameters))
+    moments = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained(parameters)))
     same = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in parameters.items()}
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), same, moments)
 
@@ -77,13 +79,15 @@ def make_step(
 
     def gradients(parameters: Parameters, batch, coefficients):
         denominators = objective.denominators(batch)
+        frozen = parameters
 
         def loss(parameters, rows):
-            decoder = Decoder(config, parameters, dtype=dtype, remat=remat)
+            decoder = Decoder(config, frozen | parameters, dtype=dtype, remat=remat)
             sums, metrics = objective.sums(token_loss.outputs(decoder, rows, label_ids), rows)
             return token_loss.combine(sums, denominators, coefficients), sums | metrics
 
         grad = jax.grad(loss, has_aux=True)
+        parameters = trained(parameters)
         if micro_batches == 1:
             gradient, sums = grad(parameters, batch)
         else:
@@ -99,6 +103,11 @@ def make_step(
             shapes = jax.eval_shape(grad, parameters, jax.tree.map(lambda x: x[0], rows))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (gradient, sums), _ = jax.lax.scan(accumulate, zeros, rows)
+        # A gradient lies where its parameter does, and so does all that the optimizer makes of the two.
+        rows_of_table = table(config)
+        gradient = {
+            name: constrain(x, rows_of_table[name].axes) if name in rows_of_table else x for name, x in gradient.items()
+        }
         means = {name: token_loss.ratio(total, denominators[name]) for name, total in sums.items()}
         means["loss"] = token_loss.combine({name: sums[name] for name in coefficients}, denominators, coefficients)
         return gradient, means
@@ -106,16 +115,10 @@ def make_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch, coefficients):
         gradient, metrics = gradients(state.parameters, batch, coefficients)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        before = trained(state.parameters)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
+        parameters = state.parameters | optax.apply_updates(before, updates)
         metrics["grad_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     return Step(update, jax.jit(gradients))
-
-
-def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Split a host batch (a tree of arrays, rows first) over the mesh's batch axes; without a mesh, as it is."""
-    if mesh is None:
-        return batch
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))

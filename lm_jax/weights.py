@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -246,6 +247,16 @@ def write_weights(
         _write_json(folder / "config.json", {**settings, "torch_dtype": jnp.dtype(dtype).name})
         ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
         _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's safetensors files, in the order of their names, as hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lm_jax.config import PRESETS, preset
+from lm_jax.decoder import rotary_angles, rotate
 from lm_jax.parameters import decay_mask, initialize, table
 
 TINY = preset("qwen2.5-0.5b", vocab_size=96, embed=64, layers=4, query_heads=8, kv_heads=4, head_size=8, ffn=128)
@@ -42,6 +43,9 @@ def test_initialization_follows_the_table():
         if row.start in ("ones", "zeros"):
             assert (array == (row.start == "ones")).all(), name
             continue
+        if name == "embed":
+            np.testing.assert_allclose(array[:, 0], 4 * 0.02, rtol=1e-6)
+            array = array[:, 1:]
         expected = {"normal": 0.02, "residual": 0.02 / math.sqrt(2 * 4)}[row.start]
         assert abs(array.mean()) < 5 * expected / math.sqrt(array.size), name
         # the standard error of a standard deviation over n draws is sigma / sqrt(2 n)
@@ -49,17 +53,20 @@ def test_initialization_follows_the_table():
     assert {name for name, row in table(TINY).items() if row.start == "residual"} == {"output", "down"}
 
 
-def test_a_key_starts_as_the_first_query_head_of_its_group(shape):
+def test_a_key_starts_as_the_first_query_head_of_its_group_but_for_the_pairs_that_turn(shape):
     parameters = initialize(shape, seed=3)
-    shared = shape.query_heads // shape.kv_heads
+    shared, half = shape.query_heads // shape.kv_heads, shape.head_size // 2
     for head in range(shape.kv_heads):
-        np.testing.assert_array_equal(parameters["key"][:, :, head], parameters["query"][:, :, head * shared])
+        for place in range(shape.head_size):
+            turns = 50 * shape.rope_theta ** (-2 * (place % half) / shape.head_size) > 1
+            query = parameters["query"][:, :, head * shared, place]
+            np.testing.assert_array_equal(parameters["key"][:, :, head, place], -query if turns else query)
         assert (np.asarray(parameters["key"][:, :, head]) != parameters["value"][:, :, head]).all()
 
 
 def test_seeds_and_names_give_different_draws():
     first, second = initialize(TINY, seed=0), initialize(TINY, seed=1)
-    assert (first["embed"] != second["embed"]).all()
+    assert (first["embed"] != second["embed"])[:, 1:].all()
     assert (first["gate"] != first["up"]).all()
     assert (first["gate"][0] != first["gate"][1]).all()
     again = initialize(TINY, seed=0)
@@ -97,3 +104,19 @@ def test_initialization_is_the_same_on_a_mesh_and_lives_sharded(tmp_path):
     sharded = np.load(file)
     for name, array in jax.device_get(initialize(TINY, seed=0)).items():
         np.testing.assert_array_equal(sharded[name], array, err_msg=name)
+
+
+def test_a_token_starts_by_looking_for_its_like_and_not_at_itself():
+    """Score of a token with a copy of it so many tokens back, over all tokens and heads: least with itself."""
+    theta = 1e6
+    config = preset("qwen2.5-0.5b", vocab_size=96, embed=64, layers=4, query_heads=1, kv_heads=1, head_size=64)
+    parameters = initialize(dataclasses.replace(config, rope_theta=theta), seed=0)
+    query, key = (np.einsum("vd,ldnh->lvnh", parameters["embed"], parameters[name]) for name in ("query", "key"))
+
+    def score(distance: int) -> float:
+        angles = (rotary_angles(np.full((4, 96), at), 64, theta) for at in (distance, 0))
+        turned = [np.asarray(rotate(x, each)) for x, each in zip((query, key), angles, strict=True)]
+        return float(np.mean(np.sum(turned[0] * turned[1], axis=-1)) / np.mean(np.sum(query**2, axis=-1)))
+
+    assert score(0) == pytest.approx((32 - 2 * 10) / 32, abs=0.05)  # 10 of the 32 pairs turn by 1/50 a token or more
+    assert min(score(distance) for distance in (20, 40, 60)) > score(0) + 0.1

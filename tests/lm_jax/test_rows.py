@@ -47,6 +47,16 @@ def test_a_row_is_laid_out_as_the_decoder_reads_it():
     }  # fmt: skip
 
 
+def test_targets_may_stand_anywhere_and_the_slot_is_with_the_first():
+    targets = np.array([7, 8, 9])
+    asked = Branch(np.arange(10, 15), targets, np.zeros(3, int), {}, {"unit": 1.0}, at=np.array([3, 4, 0]))
+    row = render_row([GROUPS[2], Group(np.array([1, 2]), [asked])], [(0, (0,)), (1, (0,))], SHAPE)
+    np.testing.assert_array_equal(row["at"], [8, 9, 5, *[0] * 7])  # after 3 tokens of the first group and the trunk
+    np.testing.assert_array_equal(row["tokens"][row["at"][:3]], [13, 14, 10])
+    np.testing.assert_array_equal(row["target"][:3], targets)
+    np.testing.assert_array_equal(row["label_at"], [2, 8, 0])
+
+
 def test_a_row_of_padding_is_seen_by_nothing():
     row = empty_row(SHAPE)
     assert not row["groups"].any() and not row["unit"].any() and not row["weight"].any()

@@ -10,6 +10,12 @@ from lm_jax.run_folder import ConfigChanged, RunFolder, write_atomically
 CONFIG = {"seed": 0, "stages": ("sft", "rl"), "sft": {"steps": 10, "mixture": {"train": 1.0}}}
 
 
+def test_a_file_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"--workdir: .*notes is a file"):
+        RunFolder(tmp_path / "notes", {"seed": 0})
+
+
 def test_the_same_config_goes_on_and_another_is_refused_by_its_keys(tmp_path):
     RunFolder(tmp_path / "runs" / "a", CONFIG)
     saved = (tmp_path / "runs" / "a" / "config.json").read_text()

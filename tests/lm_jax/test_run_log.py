@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from lm_jax import run_log
-from lm_jax.run_log import RunLog
+from lm_jax.run_log import RunLog, read_log
 
 
 def records(folder) -> list[dict]:
@@ -43,6 +43,16 @@ def test_resuming_forgets_what_will_be_written_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["log.jsonl"]
 
 
+def test_seconds_of_a_stage_are_those_of_its_newest_record(tmp_path):
+    log = RunLog(tmp_path)
+    assert log.seconds("sft") == 0
+    for stage, seconds in (("text", 7.5), ("sft", 2.0), ("sft", 3.5)):
+        log.write(stage, 0, {"seconds": seconds})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "sft", "step": 2, "seco')
+    assert [log.seconds(stage) for stage in ("text", "sft", "rl")] == [7.5, 3.5, 0]
+
+
 def test_tensorboard_sees_the_finite_values(tmp_path):
     log = RunLog(tmp_path)
     log.write("rl", 4, {"reward": 0.75, "kl": math.nan})
@@ -73,3 +83,12 @@ def test_where_nobody_watches_a_line_now_and_then_says_how_long(monkeypatch):
     # 20 seconds an item; a line at the second and at the fourth of six.
     assert said == [f"sft: {done}/12, {left} s left  loss 0.5" for done, left in ((8, 80), (10, 40), (12, 0))]
     run_log.set_note("")
+
+
+def test_read_log_leaves_out_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "st')
+    assert read_log(path) == [{"stage": "sft", "step": 1, "loss": 2.5}]
+    path.write_text('{"stage"\n{"stage": "sft", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl:1: not a log record"):
+        read_log(path)

@@ -11,7 +11,7 @@ from lm_jax.tokenizer import Tokenizer, label_token_ids, train_tokenizer
 
 LICENCE = (pathlib.Path(__file__).resolve().parents[2] / "LICENSE").read_text()
 TEXTS = [
-    "Grade: 3\nNeed: Rust; beginner\n\n  indented\tand tabbed",
+    "Grade: 3\nMatch: Rust | Rust | met; beginner\n\n  indented\tand tabbed",
     "it's 2024, isn't it? naïve café, 世界 🙂 ½",
     "12345 videos of 9 cats  ",
     " leading space",

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from afrl_jax import distill, scoring, sft, stepwise_grpo
+from afrl_jax import batch_plan, distill, sft, stepwise_grpo
+from afrl_jax.label_step import trace_step
 from lm_jax import optimizer, rows, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import shardings, table
@@ -60,11 +61,12 @@ def parameters(mesh):
     return {name: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=places[name]) for name, x in table(CONFIG).items()}
 
 
-def check(compiled, copies: int):
-    """What a chip holds at the start is about a quarter of `copies` times the parameters, what it adds is small."""
+def check(compiled, copies: float, besides: int = 0):
+    """What a chip holds at the start is about a quarter of `copies` times the parameters and, in bytes, what is held
+    besides; what it adds is small."""
     memory = compiled.memory_analysis()
     whole = copies * 4 * CONFIG.parameter_count
-    assert whole / 4 <= memory.argument_size_in_bytes < whole / 3
+    assert whole / 4 <= memory.argument_size_in_bytes - besides < whole / 3
     assert 0 < memory.temp_size_in_bytes < 2**26
     assert compiled.cost_analysis()["flops"] > 0
 
@@ -98,9 +100,9 @@ def test_the_sampler_compiles(mesh):
 
 
 def test_scoring_compiles(mesh):
-    batch = rows.abstract_batch(rows.RowShape(256, 0, 32), 16)
-    batch = {name: batch[name] for name in ("tokens", "positions", "groups", "branches", "label_at")}
-    lowered = scoring._label_logprobs.lower(
-        parameters(mesh), placed(mesh, batch), config=CONFIG, label_ids=LABELS, dtype="bfloat16"
-    )
-    check(lowered.compile(), copies=1)
+    """Of one prefix and of several; the weights are bfloat16 already."""
+    for prefix_of in ([0] * 16, list(range(16))):
+        batch, *_ = batch_plan.plan([60] * 16, prefix_of, [0] * 16, budget=512, rows=2)
+        traced = trace_step(parameters(mesh), CONFIG, batch, grades=3, prefix_size=128, dtype="bfloat16")
+        prefix = CONFIG.layers * 128 * CONFIG.kv_heads * CONFIG.head_size * 2 * 2  # keys and values in bfloat16
+        check(traced.lower().compile(), copies=0.5, besides=batch.prefixes * prefix)  # every chip has them all

@@ -1,4 +1,6 @@
 import json
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,26 @@ def uninterrupted(tmp_path_factory):
     return run(folder), records(folder)
 
 
+def test_seconds_are_added_up_over_resumes(tmp_path, monkeypatch):
+    """A clock that moves one second a look: what a killed process had done counts, the time it was away does not."""
+    now = [0.0]
+
+    def tick():
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr(train_loop, "time", types.SimpleNamespace(monotonic=tick))
+    with pytest.raises(Killed):
+        run(tmp_path, batch_at=killed_at(8))
+    before = [record["seconds"] for record in records(tmp_path)]
+    assert before == list(range(1, len(before) + 1))
+    now[0] += 1e6
+    run(tmp_path)
+    after = [record["seconds"] for record in records(tmp_path)]
+    assert after[:6] == before[:6]  # the checkpoint at 6 is the newest
+    assert after[6:] == [before[-1] + n for n in range(1, 6)]
+
+
 @pytest.mark.parametrize("kills", [[1], [3], [5], [10], [4, 4, 8]])
 def test_a_resumed_run_ends_with_the_same_bits_and_one_record_a_step(tmp_path, uninterrupted, kills):
     for step in kills:
@@ -122,6 +144,20 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_the_next_step_overwrite
     checkpoints.close()
     assert int(saved.step) == 3
     assert_same_bits(saved, run(tmp_path / "three", steps=3))
+
+
+def test_a_checkpoint_cut_short_is_not_used_and_the_log_says_so(tmp_path, uninterrupted, capsys):
+    """A kill between step 3 and step 6 may leave a part of the checkpoint after step 6."""
+    with pytest.raises(Killed):
+        run(tmp_path, batch_at=killed_at(5))
+    partial = tmp_path / "checkpoints/6.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints/3", partial)
+    next(path for path in partial.rglob("*") if path.is_file() and "METADATA" not in path.name.upper()).unlink()
+    capsys.readouterr()
+    assert_same_bits(run(tmp_path), uninterrupted[0])
+    said = capsys.readouterr().err
+    assert "toy: the checkpoint 6.orbax-checkpoint-tmp was cut short and is not used\ntoy: resumed at step 3\n" in said
+    assert not partial.exists()
 
 
 def test_one_compilation_for_a_whole_stage(tmp_path):

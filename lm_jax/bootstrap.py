@@ -1,0 +1,50 @@
+"""Bootstrap over clusters, such as queries: what the world draws is resampled, never the rows that hang together in it.
+
+A figure is written as sums by cluster [Q, K] and a function [..., K] -> [...] of those sums. A resample is then a
+vector of multiplicities, and a thousand of them are one matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Figure(NamedTuple):
+    """A figure and its 95% percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """b - a, its 95% percentile interval, and the two-sided bootstrap p of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def multiplicities(clusters: int, seed: int, resamples: int) -> np.ndarray:
+    """How often each cluster is drawn, float [resamples, clusters]; the same seed and clusters draw the same."""
+    draws = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    return draws.astype(float)
+
+
+def interval(value: float, drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Central percentile interval of the resamples that define the figure.
+
+    The data themselves count as one resample, so there is always one.
+    """
+    outside = 100 * (1 - confidence) / 2
+    low, high = np.nanpercentile(np.append(drawn, value), (outside, 100 - outside))
+    return float(low), float(high)
+
+
+def two_sided_p(drawn: np.ndarray) -> float:
+    """2 min(share of resampled differences <= 0, share >= 0), at most 1; the data themselves count as one resample."""
+    one_sided = (min(np.sum(drawn <= 0), np.sum(drawn >= 0)) + 1) / (np.isfinite(drawn).sum() + 1)
+    return float(min(1, 2 * one_sided))
