@@ -3,12 +3,18 @@
 Prompt: the instruction (task, scale, numbered rules) and the query come first, the document last, so candidates of one
 query share a prefix. The answer's first token is the grade; the explanation follows, one line a segment:
 
-    grade how well the clip answers the query     |  2
-    0 irrelevant, 1 related, 2 nearly right ...   |  Need: topic robots; under 20 minutes
-    Query: robots under 20 minutes                |  Doc: robots; 24 minutes
-    Document: robots interview                    |  Match: met; violated
-    minutes: 24                                   |  Rule: 25
-    Grade: _                                      |  Verdict: 2
+    grade how well the clip answers the query
+    0 irrelevant, 1 related, 2 nearly right, 3 right
+    Query: robots under 20 minutes
+    Document: robots interview
+    minutes: 24
+    Grade: 2
+    Match: topic robots | robots | met; under 20 minutes | 24 minutes | violated
+    Rule: 25
+    Verdict: 2
+
+Each constraint stands beside what the document says of it and the verdict on that. In three lists, one a line, a model
+must count to keep them of one length: small ones failed at that more often than at anything else.
 
 The answer-first order for relevance is also that of TaoSR1 (arXiv 2508.12365). The decoder is causal, so the grade
 cannot see the explanation: `P(grade)` is read at one position after one prefill, and never changes when an explanation
@@ -25,18 +31,25 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
+from afrl_jax.bounded_cache import BoundedCache
 from afrl_jax.schema import Document, Explanation, Instruction, Judgment, Match, Query
 from lm_jax.tokenizer import Tokenizer, label_token_ids
+
+DOCUMENT_BYTES = 2**25  # of documents' tokens kept, texts included
 
 # Segments of an answer, in order; a generated token belongs to the segment of its line.
 SEGMENTS = ("label", "match", "rule", "consistency")
 LABEL, MATCH, RULE, CONSISTENCY = range(len(SEGMENTS))
-_KEYS = ("Need", "Doc", "Match", "Rule", "Verdict")
-_SEGMENT_OF_LINE = np.array([LABEL, MATCH, MATCH, MATCH, RULE, CONSISTENCY], np.int32)
+EVIDENCE = {None: " free"} | {match: f" {match}" for match in Match}  # what is said of a field, see encode_evidence
+_KEYS = ("Match", "Rule", "Verdict")
+VERDICT_LINE = f"\n{_KEYS[-1]}:"  # begins the last line of an answer; a blank and the grade follow
+_SEGMENT_OF_LINE = np.array([LABEL, MATCH, RULE, CONSISTENCY], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Template:
     @property
     def checksum(self) -> str:
         """First 16 hex digits of the SHA-256 of the template's canonical JSON."""
-        text = json.dumps([1, dataclasses.asdict(self), _KEYS], sort_keys=True)
+        text = json.dumps([2, dataclasses.asdict(self), _KEYS], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -87,13 +100,8 @@ def render_document(document: Document) -> str:
 
 def render_explanation(explanation: Explanation, verdict: str) -> str:
     """The answer after its label."""
-    values = (
-        "; ".join(explanation.need),
-        "; ".join(explanation.facts),
-        "; ".join(explanation.verdicts),
-        str(explanation.rule),
-        verdict,
-    )
+    checks = zip(explanation.need, explanation.facts, explanation.verdicts, strict=True)
+    values = ("; ".join(map(" | ".join, checks)), str(explanation.rule), verdict)
     return "".join(f"\n{key}: {value}" for key, value in zip(_KEYS, values, strict=True))
 
 
@@ -102,13 +110,11 @@ def plain_texts(judgment: Judgment, instruction: Instruction, *, show_rules: boo
     template, labels = Template(), instruction.scale.labels
     shown = instruction if show_rules else dataclasses.replace(instruction, rules=())
     texts = [
-        render_instruction(shown) + template.query + one_line(judgment.query.text),
+        render_instruction(judgment.query.instruction or shown) + template.query + one_line(judgment.query.text),
         template.document + render_document(judgment.document),
         template.slot + labels[judgment.grade],
     ]
-    return texts + (
-        [render_explanation(judgment.explanation, labels[judgment.grade])] if judgment.explanation else []
-    )
+    return texts + ([render_explanation(judgment.explanation, labels[judgment.grade])] if judgment.explanation else [])
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> Parsed | None:
@@ -121,11 +127,11 @@ def parse_answer(text: str, labels: Sequence[str]) -> Parsed | None:
         if not line.startswith(f"{key}: "):
             return None
         values.append(line[len(key) + 2 :])
-    need, facts, verdicts = (tuple(value.split("; ")) for value in values[:3])
-    rule, verdict = values[3:]
+    matches, rule, verdict = values
     if verdict not in labels or not (rule.isascii() and rule.isdigit()) or str(int(rule)) != rule:
         return None
     try:
+        need, facts, verdicts = zip(*(check.split(" | ") for check in matches.split("; ")), strict=True)
         explanation = Explanation(need, facts, tuple(Match(word) for word in verdicts), int(rule))
     except ValueError:
         return None
@@ -173,27 +179,62 @@ class AnswerFormat:
         self._slot = np.array(tokenizer.encode(self.template.slot), np.int32)
         # The last entry stands for ids beyond the tokenizer.
         self._newlines = tokenizer.newlines(tokenizer.vocab_size + 1)
+        self._evidence = {match: tokenizer.encode(word)[0] for match, word in EVIDENCE.items()}
         self._prefix_tokens = functools.lru_cache(maxsize=4096)(self._encode_prefix)
+        self._documents: BoundedCache[np.ndarray] = BoundedCache(DOCUMENT_BYTES)
+        self._lock = threading.Lock()
+
+    @property
+    def slot_size(self) -> int:
+        """Tokens of the slot, which end every prompt."""
+        return len(self._slot)
 
     def prefix_text(self, query: Query) -> str:
-        """Instruction and query."""
+        """Instruction and query. A query's own instruction stands in place of the format's, its rules always shown."""
         context = f"{self.template.context}{one_line(query.context)}" if query.context else ""
-        return f"{self._head}{self.template.query}{one_line(query.text)}{context}"
+        own = query.instruction
+        if own and own.scale.labels != self.labels:
+            labels = own.scale.labels
+            raise ValueError(f"query {query.query_id!r}: its instruction has labels {labels}, not {self.labels}")
+        head = render_instruction(own) if own else self._head
+        return f"{head}{self.template.query}{one_line(query.text)}{context}"
 
     def document_text(self, document: Document) -> str:
         """The document part, before truncation."""
         return f"{self.template.document}{render_document(document)}"
 
+    @functools.cached_property
+    def head_tokens(self) -> np.ndarray:
+        """The tokens that prompts begin with whatever the query: the instruction, as far as no query changes them."""
+        bare = self.prefix_text(Query("", "")).rstrip()  # a blank at its end may become one token with what follows
+        one, *others = (np.array(self.tokenizer.encode(text), np.int32) for text in (bare, bare + " a", bare + " 7 b"))
+        while not all(np.array_equal(one, other[: len(one)]) for other in others):
+            one = one[:-1]
+        return one
+
     def encode_prompts(self, pairs: Sequence[tuple[Query, Document]]) -> list[PromptTokens]:
-        """Tokens of prompts, the last of which predicts the label."""
-        documents = self.tokenizer.encode_batch([self.document_text(document) for _, document in pairs])
+        """Tokens of prompts, the last of which predicts the label. May be called from any thread.
+
+        Tokens of queries and documents are kept for the next call.
+        """
+        documents = self._document_tokens([self.document_text(document) for _, document in pairs])
         return [
-            PromptTokens(
-                self._prefix_tokens(query),
-                np.concatenate([np.array(document[: self.max_document_tokens], np.int32), self._slot]),
-            )
+            PromptTokens(self._prefix_tokens(query), document)
             for (query, _), document in zip(pairs, documents, strict=True)
         ]
+
+    def _document_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Of each document: its tokens, truncated, with the slot after them."""
+        with self._lock:
+            known = {text: self._documents.get(text) for text in texts}
+        missing = [text for text, tokens in known.items() if tokens is None]
+        for text, tokens in zip(missing, self.tokenizer.encode_batch(missing), strict=True):
+            cut = np.array(tokens[: self.max_document_tokens], np.int32)
+            known[text] = np.concatenate([cut, self._slot])
+        with self._lock:
+            for text in missing:
+                self._documents.put(text, known[text], sys.getsizeof(text) + known[text].nbytes)
+        return [known[text] for text in texts]
 
     def encode_answer(self, judgment: Judgment) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, segments) of the gold answer; the label alone where the judgment has no explanation."""
@@ -203,6 +244,21 @@ class AnswerFormat:
         text = render_explanation(judgment.explanation, self.labels[judgment.grade])
         tokens = np.array([label, *self.tokenizer.encode(text), self.tokenizer.eos], np.int32)
         return tokens, self.segments(tokens)
+
+    def encode_evidence(self, judgment: Judgment, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(places, tokens): in the encoded document, the last token of each field's line, and what its state may be
+        asked to say there: " met", " violated", " unknown" or " free" (the first token of the word)."""
+        line = np.cumsum(self._newlines[document])
+        whole = len(document) - len(self._slot) < self.max_document_tokens
+        last = int(line[len(document) - len(self._slot) - 1]) - (not whole)
+        heads = bool(judgment.document.title.strip()) + bool(judgment.document.text.strip())
+        places, tokens = [], []
+        shown = (name for name, value in judgment.document.fields.items() if value)
+        for number, name in enumerate(shown, start=heads + 1):
+            if number <= last and name in judgment.evidence:
+                places.append(int(np.searchsorted(line, number, side="right")) - 1)
+                tokens.append(self._evidence[judgment.evidence[name]])
+        return np.array(places, np.int32), np.array(tokens, np.int32)
 
     def segments(self, tokens: np.ndarray) -> np.ndarray:
         """The segment of each answer token [..., A], by the line it stands on; the first token is always the label."""

@@ -1,9 +1,8 @@
-"""From the model's label log-probabilities to honest probabilities and a grade; both fitted on dev, never on test.
+"""From the model's label log-probabilities to honest probabilities; fitted on dev, never on test.
 
 Calibration is a temperature and one bias a grade, softmax(log p / temperature + bias): vector scaling with a shared
-scale (Guo et al. 2017, arXiv 1706.04599). The bias undoes what class weights in training did to the priors. The grade
-is then decided by cumulated probability (CumPT): the highest grade c with P(grade >= c) >= threshold. One threshold
-for all grades: with a few dozen dev queries one a grade fits dev better and held-out queries no better.
+scale (Guo et al. 2017, arXiv 1706.04599). The bias undoes what class weights in training did to the priors. What grade
+the probabilities give is decided in `decision`.
 """
 
 from __future__ import annotations
@@ -67,28 +66,6 @@ def fit_calibration(log_probabilities: np.ndarray, grade: np.ndarray) -> Calibra
 
     fitted = optimize.minimize(loss_and_gradient, np.zeros(1 + grades), jac=True, method="L-BFGS-B", tol=1e-12)
     return Calibration(float(np.exp(fitted.x[0])), tuple(map(float, fitted.x[1:])))
-
-
-def decide(probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
-    """Grade int [...] of each pair from probabilities [..., C]: the highest grade c with P(grade >= c) >= threshold.
-
-    0.5 is the median grade, a higher threshold is stricter. None: the most probable grade.
-    """
-    if threshold is None:
-        return probabilities.argmax(-1)
-    at_least = probabilities[..., :0:-1].cumsum(-1)  # P(>= C-1), ..., P(>= 1): rises, so counting finds the highest
-    return (at_least >= threshold).sum(-1)
-
-
-def fit_threshold(probabilities: np.ndarray, grade: np.ndarray, metric: str = "quadratic_weighted_kappa") -> float:
-    """The CumPT threshold in .01 ... .99 that maximizes a metric of `ranking_metrics.GRADE_METRICS` on [N, C].
-
-    Of equally good thresholds the one nearest to 0.5.
-    """
-    measure, grades = ranking_metrics.GRADE_METRICS[metric], probabilities.shape[-1]
-    candidates = np.round(sorted(np.arange(0.01, 1, 0.01), key=lambda b: abs(b - 0.5)), 2)
-    confusions = [ranking_metrics.confusion_matrix(grade, decide(probabilities, b), grades) for b in candidates]
-    return float(candidates[np.argmax(np.nan_to_num(measure(np.array(confusions)), nan=-np.inf))])
 
 
 class Reliability(NamedTuple):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 from afrl_jax.schema import Instruction, Scale
+from lm_jax.program import before_jax
 
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -27,6 +26,17 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--task", help="zero-shot only: one sentence that tells the model what to judge")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an argument that is a whole number of at least `least`."""
+
+    def whole(text: str) -> int:
+        if not (text.removeprefix("-").isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return whole
 
 
 def zero_shot_instruction(labels: str | None, task: str | None) -> Instruction | None:
@@ -59,7 +69,7 @@ def told_plainly(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and keep compiled programs between runs; call it before JAX is imported."""
+    """Parse, and settle what must be before JAX is imported: call it before that."""
     parsed = parser.parse_args(arguments)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "afrl_jax"))
+    before_jax()
     return parsed

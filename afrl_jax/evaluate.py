@@ -14,7 +14,7 @@ for one label joined by "/"; where they are means of several raters, name the cu
   ... --grades=-2/0,1,2                     scale of 3, -2 and 0 are both the lowest
   ... --grades=1,2,3 --thresholds=1.5,2.5   1.0 to 3.0, to the nearest of three
 
-Probabilities and grades use the calibration and threshold that the model was exported with, fitted on other data.
+Probabilities and grades use the calibration and decision that the model was exported with, fitted on other data.
 --calibration=DIR fits them again, on judgments that must not share queries with those evaluated. A model without
 relevance.json is asked zero-shot, on the default scale 0..3 or the one given, and has no calibration of its own:
 
@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afrl_jax.command_line import make_parser, parse, told_plainly, zero_shot_instruction
+from afrl_jax.command_line import at_least, make_parser, parse, told_plainly, zero_shot_instruction
 
 if TYPE_CHECKING:
     from afrl_jax.evaluation import Figure
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", default="documents", help="name of the table of documents, where it is another")
     parser.add_argument("--grades", help="raw grades of each label of the scale, least relevant first: 0/1,2,3,4")
     parser.add_argument("--thresholds", help="cuts between neighbouring labels for fractional raw grades: 1.5,2.5,3.5")
-    parser.add_argument("--calibration", type=Path, help="fit calibration and threshold on this judgments folder")
+    parser.add_argument("--calibration", type=Path, help="fit calibration and decision on this judgments folder")
     parser.add_argument("--output", type=Path, help="folder for metrics.json and the report")
-    parser.add_argument("--explained_pairs", type=int, default=100, help="explanations checked, where there is gold")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="of a checked explanation")
-    parser.add_argument("--resamples", type=int, default=1000, help="of queries, for the intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--explained_pairs", type=at_least(0), default=100, help="explanations checked, where gold")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="of a checked explanation")
+    parser.add_argument("--resamples", type=at_least(1), default=1000, help="of queries, for the intervals")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the resamples")
     args = parse(parser, arguments)
     # Imported here, so that --help and a mistyped argument answer at once.
     from afrl_jax import relevance_file
@@ -73,15 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.output.mkdir(parents=True, exist_ok=True)
         model = RelevanceModel.load(args.model, instruction=given, dtype=args.dtype)
     if fit_on:
-        model.calibration, model.threshold = calibrate(model, fit_on)
+        model.calibration, model.decision = calibrate(model, fit_on)
     predictions = predict_judgments(
-        model, judgments, explained_pairs=args.explained_pairs, max_new_tokens=args.max_new_tokens, seed=args.seed
+        model, judgments, explained_pairs=args.explained_pairs, max_new_tokens=args.max_new_tokens
     )
     facts = {
         "model": args.model,
         "judgments": f"{args.judgments}: {len(judgments):,} pairs, "
         f"{len({judgment.query.query_id for judgment in judgments}):,} queries",
         "calibration": str(args.calibration or ("the model's own" if model.version else "none")),
+        "grade": str(model.decision),
     }
     figures = evaluate_predictions(predictions, seed=args.seed, resamples=args.resamples)
     print("\n".join(f"{name:12} {value}" for name, value in facts.items()) + "\n\n" + table(figures))

@@ -8,12 +8,15 @@ multiplicities, and a thousand of them are one matrix product.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from afrl_jax import calibration, ranking_metrics
+from afrl_jax.decision import MOST_PROBABLE, Decision
+from afrl_jax.schema import Judgment
+from lm_jax.bootstrap import Difference, Figure, interval, multiplicities, two_sided_p
 
 CUTOFF = 10
 PASS_AT = 8
@@ -24,25 +27,23 @@ BUCKETS = ("head", "torso", "tail")
 class Predictions:
     """What a model said of N judged pairs on a scale of C grades.
 
-    `probabilities` [N, C] are what the model serves: they rank by expected grade, and `threshold` decides the grade
-    (`calibration.decide`). `uncalibrated` [N, C] are the model's own, for the figures before calibration and for label
-    entropy. `rule` int [N] is the gold deciding rule. `label_samples` int [N, C] counts the label tokens of sampled
-    answers. `explanation` maps a check ("format", "consistency", "rule_accuracy") to float [N], 1 passed, 0 failed,
-    NaN not checked. What a data set does not have is None or empty, and its figures are absent.
+    `probabilities` [N, C] are what the model serves: they rank by expected grade, and `decision` makes a grade of
+    them. `uncalibrated` [N, C] are the model's own, for the figures before calibration and for label entropy. `rule`
+    int [N] is the gold deciding rule. `explanation` maps a check ("format", "consistency", "rule_accuracy") to float
+    [N], 1 passed, 0 failed, NaN not checked. What a data set does not have is None or empty, its figures are absent.
     """
 
     query_index: np.ndarray
     grade: np.ndarray
     probabilities: np.ndarray
-    threshold: float | None = None
+    decision: Decision = MOST_PROBABLE
     uncalibrated: np.ndarray | None = None
     rule: np.ndarray | None = None
-    label_samples: np.ndarray | None = None
     explanation: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         rows, grades = np.shape(self.probabilities)
-        tables = {"uncalibrated": self.uncalibrated, "label_samples": self.label_samples}
+        tables = {"uncalibrated": self.uncalibrated}
         columns = {"query_index": self.query_index, "grade": self.grade, "rule": self.rule, **self.explanation}
         for name, array in (tables | columns).items():
             expected = (rows, grades) if name in tables else (rows,)
@@ -54,7 +55,7 @@ class Predictions:
     @property
     def predicted(self) -> np.ndarray:
         """The decided grade, int [N]."""
-        return calibration.decide(self.probabilities, self.threshold)
+        return self.decision(self.probabilities)
 
     @property
     def confusion(self) -> np.ndarray:
@@ -62,21 +63,10 @@ class Predictions:
         return ranking_metrics.confusion_matrix(self.grade, self.predicted, self.probabilities.shape[1])
 
 
-class Figure(NamedTuple):
-    """A figure and its 95% percentile interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Difference(NamedTuple):
-    """b - a, its 95% percentile interval, and the two-sided bootstrap p of no difference."""
-
-    value: float
-    low: float
-    high: float
-    p: float
+def query_numbers(judgments: Sequence[Judgment]) -> np.ndarray:
+    """The query of each judgment as a number, int [N], counted in the order in which queries first come."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(judgment.query.query_id, len(numbers)) for judgment in judgments])
 
 
 def frequency_bucket(frequency: float) -> str:
@@ -100,18 +90,20 @@ def evaluate_predictions(
     ece, brier; ece_before_calibration, ...        of the served, and of the uncalibrated probabilities
     signed_grade_error                             in grades, positive is too generous
     label_entropy                                  in nats, uncalibrated where given
-    pass@8, expected_pass@8                        from `label_samples`; in closed form, 1 - (1 - p_gold)^8
+    pass@8                                         a right label among 8 answers, 1 - (1 - p_gold)^8, likewise
     rule_recall/<number>, rule_recall/<bucket>     share of the pairs a rule decides that got their gold grade
     explanation/<check>                            share of the checked pairs that passed
 
+    pass@8 is exact: the label is one draw at the first position, which nothing that follows can change; drawing whole
+    answers would estimate the same figure with noise. It is that of the label tokens alone, at temperature 1.
     `rule_frequency` puts rules into head, torso and tail; by default the frequencies in these predictions. Pass those
     of the training data to compare data sets. The same `seed` and queries resample the same queries. Resampling adds
     noise to every bin, so the interval of ece lies to the right of its value.
     """
     statistics = _statistics(predictions, rule_frequency)
-    multiplicity = _resample(_query_count(predictions), seed, resamples)
+    multiplicity = multiplicities(_query_count(predictions), seed, resamples)
     return {
-        name: Figure(value, *_interval(value, statistic.values(multiplicity)))
+        name: Figure(value, *interval(value, statistic.values(multiplicity)))
         for name, statistic in statistics.items()
         if np.isfinite(value := statistic.value())
     }
@@ -124,22 +116,23 @@ def paired_bootstrap(
     rule_frequency: Mapping[int, float] | None = None,
     seed: int = 0,
     resamples: int = 1000,
+    metrics: Collection[str] | None = None,
 ) -> dict[str, Difference]:
     """Metric name -> how much b is above a on the same pairs in the same order; both see the same resamples of queries.
 
+    `metrics` are those wanted, by default all.
     p = 2 min(share of resamples with difference <= 0, share >= 0), counting the data themselves as one resample.
     """
     if not (np.array_equal(a.query_index, b.query_index) and np.array_equal(a.grade, b.grade)):
         raise ValueError("a paired bootstrap needs the same pairs in the same order: query_index or grade differ")
     statistics_a, statistics_b = _statistics(a, rule_frequency), _statistics(b, rule_frequency)
-    multiplicity = _resample(_query_count(a), seed, resamples)
+    multiplicity = multiplicities(_query_count(a), seed, resamples)
     differences = {}
-    for name in (name for name in statistics_a if name in statistics_b):
+    for name in (name for name in statistics_a if name in statistics_b and (metrics is None or name in metrics)):
         value = statistics_b[name].value() - statistics_a[name].value()
         if np.isfinite(value):
             drawn = statistics_b[name].values(multiplicity) - statistics_a[name].values(multiplicity)
-            one_sided = (min(np.sum(drawn <= 0), np.sum(drawn >= 0)) + 1) / (np.isfinite(drawn).sum() + 1)
-            differences[name] = Difference(value, *_interval(value, drawn), float(min(1, 2 * one_sided)))
+            differences[name] = Difference(value, *interval(value, drawn), two_sided_p(drawn))
     return differences
 
 
@@ -198,10 +191,7 @@ def _statistics(predictions: Predictions, rule_frequency: Mapping[int, float] | 
     statistics["signed_grade_error"] = mean(ranking_metrics.signed_grade_error(grade, served))
     statistics["label_entropy"] = mean(ranking_metrics.label_entropy(own))
     gold = np.arange(grade.size), grade
-    if predictions.label_samples is not None:
-        samples = predictions.label_samples
-        statistics[f"pass@{PASS_AT}"] = mean(ranking_metrics.pass_at_k(samples.sum(1), samples[gold], PASS_AT))
-    statistics[f"expected_pass@{PASS_AT}"] = mean(1 - (1 - own[gold]) ** PASS_AT)
+    statistics[f"pass@{PASS_AT}"] = mean(1 - (1 - own[gold]) ** PASS_AT)
 
     if predictions.rule is not None:
         frequency = rule_frequency or rule_frequencies(predictions.rule)
@@ -223,16 +213,5 @@ def _query_count(predictions: Predictions) -> int:
     return np.unique(predictions.query_index).size
 
 
-def _resample(queries: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each query is drawn, float [resamples, queries]."""
-    return np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=resamples).astype(float)
-
-
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return ranking_metrics.divide(sums[..., 0], sums[..., 1])
-
-
-def _interval(value: float, drawn: np.ndarray) -> tuple[float, float]:
-    """Percentiles of the resamples that define the figure; the data themselves count as one, so there is always one."""
-    low, high = np.nanpercentile(np.append(drawn, value), (2.5, 97.5))
-    return float(low), float(high)

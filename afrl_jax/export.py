@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,12 +27,14 @@ import numpy as np
 from afrl_jax import model_card, relevance_file
 from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
+from afrl_jax.decision import Decision
 from afrl_jax.schema import Document, Query
 from afrl_jax.scoring import RelevanceModel
 from lm_jax import run_log
 from lm_jax.config import ARCHITECTURES, DecoderConfig, to_hugging_face
 from lm_jax.parameters import Parameters
-from lm_jax.weights import hugging_face_tensors, write_safetensors, write_weights
+from lm_jax.run_folder import replace_folder
+from lm_jax.weights import hugging_face_tensors, weights_digest, write_safetensors, write_weights
 
 CLASSIFIER = "sequence_classifier"
 SHARD_BYTES = 5 * 10**9
@@ -47,7 +48,7 @@ def export_model(
     format: AnswerFormat,
     *,
     calibration: Calibration,
-    threshold: float | None,
+    decision: Decision,
     golden: Sequence[tuple[Query, Document]],
     figures: Mapping[str, float],
     config: Mapping[str, Any],
@@ -56,7 +57,7 @@ def export_model(
     """Write a model folder, whole or not at all; one that is there is replaced. Every process of a mesh must call it.
 
     Args:
-        calibration, threshold: fitted on judgments other than those of `figures`.
+        calibration, decision: fitted on judgments other than those of `figures`.
         golden: pairs whose scores are recorded and checked at every load.
         figures: measured on held-out judgments; "metric", "metric/low" and "metric/high" of its 95% interval.
         config: the run's, JSON-able; its digest is recorded.
@@ -70,7 +71,7 @@ def export_model(
     partial = folder.with_name(f"{folder.name}.partial")
     writes = jax.process_index() == 0
     model = RelevanceModel(
-        decoder_config, parameters, format, calibration=calibration, threshold=threshold, dtype="float32"
+        decoder_config, parameters, format, calibration=calibration, decision=decision, dtype="float32"
     )
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,18 +95,8 @@ def export_model(
     facts["weights_digest"] = description["weights_digest"]
     facts["bytes"] = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     facts |= _differences(partial, format, golden, label_probabilities)
-    _replace(folder, partial)
+    replace_folder(folder, partial)
     return facts
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's safetensors files, in the order of their names, as hex digits."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def transformers_probabilities(
@@ -162,7 +153,8 @@ def _write_classifier(folder: Path, parameters: Parameters, model: RelevanceMode
             "label2id": {label: grade for grade, label in enumerate(labels)},
         }
         _write_json(folder / "config.json", settings)
-        model.format.tokenizer.save(folder)
+        # sentence-transformers would put each pair into the template, where there is one.
+        model.format.tokenizer.save(folder, chat_template=False)
 
 
 def _special_tokens(format: AnswerFormat) -> dict[str, int | None]:
@@ -182,16 +174,6 @@ def _differences(
     told = ", ".join(f"{name.partition('/')[2]} {value:.1e}" for name, value in found.items())
     run_log.say(f"export: largest difference of a label probability to transformers over {len(golden)} pairs: {told}")
     return {"compared_with_transformers": True} | found
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """`partial` takes the place of `folder`, which is never there half."""
-    before = folder.with_name(f"{folder.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)
-    os.replace(partial, folder)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

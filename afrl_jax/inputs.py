@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from afrl_jax.answer_format import AnswerFormat, plain_texts
-from afrl_jax.data import clips, sources
+from afrl_jax.data import clips, clips_rulebooks, sources
+from afrl_jax.data.batches import text_groups
 from afrl_jax.schema import DomainText, Instruction, Judgment
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
 from lm_jax.config import DecoderConfig
@@ -22,7 +24,7 @@ from sharding.mesh import make_mesh
 from sharding.rules import RULES
 
 TEXTS = "clips_text"  # the data format that holds texts; all others hold judgments
-BUILT_IN = ("clips", TEXTS)  # data formats that bring their own instruction
+BUILT_IN = ("clips", "clips_contrasts", "clips_rulebooks", TEXTS)  # data formats that bring their own instruction
 TOKENIZER_TEXTS = 4000  # of each data set, that a tokenizer is trained on
 
 
@@ -67,6 +69,7 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
     for model in sorted({stage.model for stage in settings.stages}, reverse=True):  # the teacher first
         shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
     _check_rows(settings, format, judgments)
+    _check_text_rows(settings, tokenizer, texts)
     return Inputs(judgments, texts, format, shapes, mesh)
 
 
@@ -92,6 +95,8 @@ def _built_in_instruction(settings: Settings) -> Instruction:
     foreign = [name for name, source in settings.data.items() if source.get("format") not in BUILT_IN]
     if foreign:
         raise ValueError(f"the config has no `instruction`, which the data {', '.join(foreign)} need")
+    if any(source.get("format") == "clips_rulebooks" for source in settings.data.values()):
+        return clips_rulebooks.full_rulebook()  # each rule ends in its grade, as in the queries' own instructions
     return clips.instruction()
 
 
@@ -100,6 +105,8 @@ def _open_data(
 ) -> tuple[dict[str, list[Judgment]], dict[str, list[DomainText]]]:
     """Judgments and texts by name, of every data set that a stage or the evaluation names."""
     judged = {settings.evaluation.test, settings.evaluation.calibration}
+    if settings.evolve:
+        judged |= {settings.evolve.dev_new, settings.evolve.dev_replay, settings.evolve.test} - {""}
     read = set()
     for stage in settings.stages:
         if isinstance(stage, TextStage):
@@ -114,7 +121,7 @@ def _open_data(
     for name in sorted(judged | read):
         source = settings.data[name]
         try:
-            if source.get("format") == "clips" and len(instruction.scale) != len(clips.instruction().scale):
+            if source.get("format") in BUILT_IN and len(instruction.scale) != len(clips.instruction().scale):
                 raise ValueError(f"clips are not graded on the scale of the instruction, {instruction.scale.labels}")
             if name in judged:
                 rows = found[0][name] = sources.open_judgments(source, instruction, settings.seed)
@@ -135,8 +142,13 @@ def _train_tokenizer(
 ) -> Tokenizer:
     corpus = [text.text for some in texts.values() for text in some[:TOKENIZER_TEXTS]]
     for judgment in itertools.chain.from_iterable(rows[:TOKENIZER_TEXTS] for rows in judgments.values()):
-        corpus += plain_texts(judgment, instruction, show_rules=settings.show_rules)
+        corpus += plain_texts(_graded(judgment), instruction, show_rules=settings.show_rules)
     return train_tokenizer(corpus, settings.vocabulary)
+
+
+def _graded(judgment: Judgment) -> Judgment:
+    """With a grade in any case: what is read here does not depend on which, every label is one token."""
+    return dataclasses.replace(judgment, grade=judgment.grade or 0)
 
 
 def _shape(
@@ -167,7 +179,7 @@ def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str
             if source not in longest:
                 prompts = format.encode_prompts([(judgment.query, judgment.document) for judgment in judgments[source]])
                 lengths = [
-                    len(prompt.tokens) + len(format.encode_answer(judgment)[0]) - 1
+                    len(prompt.tokens) + len(format.encode_answer(_graded(judgment))[0]) - 1
                     for prompt, judgment in zip(prompts, judgments[source], strict=True)
                 ]
                 longest[source] = max(zip(lengths, judgments[source], strict=True), key=lambda pair: pair[0])
@@ -177,4 +189,24 @@ def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str
                     f"{name}.row_tokens: {stage.row_tokens} is too small: in data.{source}, query "
                     f"{judgment.query.query_id!r} with document {judgment.document.doc_id!r} and its answer has "
                     f"{tokens} tokens; max_document_tokens ({settings.max_document_tokens}) cuts documents"
+                )
+
+
+def _check_text_rows(settings: Settings, tokenizer: Tokenizer, texts: Mapping[str, list[DomainText]]) -> None:
+    """A text with asides is not split: the longest must fit into the rows of its stages."""
+    longest: dict[str, int] = {}
+    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
+        if isinstance(stage, RLStage):
+            continue
+        named = {stage.texts} if isinstance(stage, TextStage) else stage.mixture.keys() & texts.keys()
+        for source in named:
+            if source not in longest:
+                whole = (text for text in texts[source] if text.asides)
+                some = heapq.nlargest(200, whole, key=lambda text: len(text.text))  # among them the longest in tokens
+                groups = text_groups(tokenizer, some, stage.row_tokens)
+                longest[source] = max((len(group.branches[0].inputs) for group in groups), default=0)
+            if longest[source] > stage.row_tokens:
+                raise ValueError(
+                    f"{name}.row_tokens: {stage.row_tokens} is too small: in data.{source} a text has "
+                    f"{longest[source]} tokens"
                 )

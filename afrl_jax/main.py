@@ -7,30 +7,35 @@
       Any value of a config can be changed on the command line; a list is written ("sft","rl"). afrl_jax/settings.py
       says which keys there are.
 
+  python -m afrl_jax.main --config=configs/afrl_qwen3_32b_to_0_6b.py --compile_for=v5p:4x4x4 [--mesh=auto]
+      Runs nothing: compiles every stage's step for that TPU slice, which need not be there, and says whether it fits,
+      how long a step takes and what limits it. --mesh=auto looks for the fastest mesh and remat policy first.
+
 Running the same command again continues where it stopped, after a kill too: finished stages are skipped, a running one
 resumes from its newest checkpoint and ends with the same bits. A workdir remembers its config and refuses another.
 
 What is left in the workdir: report/report.html (figures and plots), export/ (the model folder), log.jsonl and
 tensorboard/ (every step), config.json.
 
-Exit status: 0 done; 1 the run failed; 2 the command, the config or the data are wrong, said before any work is done;
-130 or 143 it was stopped (Ctrl-C, SIGTERM).
+Many processes (a TPU pod, SLURM, plain addresses): the same command in each, see docs/tpu_pod.md.
+
+Exit status: 0 done; 1 the run failed, or the plan does not fit; 2 the command, the config or the data are wrong, said
+before any work is done; 75 start it again: SIGTERM came and the step is saved, or another process was lost; 130 it was
+stopped (Ctrl-C).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lm_jax.config_file import read_config
-
-STOPPED = "stopped; the same command continues from the newest checkpoint\n"
-SHOW_CURSOR = "\x1b[?25h\n"  # the progress bar hides it
+from lm_jax.host_memory import keep_freed_memory
+from lm_jax.program import before_jax, end_at_once_when_stopped, ending_as_told, join_run, use_kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,38 +48,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the experiment, a file in configs/")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run lives, or goes on")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the run lives, or goes on")
+    parser.add_argument("--compile_for", metavar="SLICE", help="plan for a TPU slice, such as v5p:4x4x4, instead")
+    parser.add_argument("--mesh", metavar="MESH", help="of the plan: auto, or as the config's `mesh`")
+    parser.add_argument("--plan_file", type=Path, metavar="FILE", help="where the plan's figures go as JSON")
     parsed, overrides = parser.parse_known_args(arguments)
+    if not parsed.workdir and not parsed.compile_for:
+        parser.error("the following arguments are required: --workdir")
+    if not parsed.compile_for and (parsed.mesh or parsed.plan_file):
+        parser.error("--mesh and --plan_file belong to --compile_for; a run's mesh is --config.mesh=...")
     try:
         config = read_config(parsed.config, overrides)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "afrl_jax"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    if parsed.compile_for:
+        _plan(parser, config, parsed)
+        return
+    before_jax()
+    keep_freed_memory()
+    end_at_once_when_stopped()
     _run(parser, config, parsed.workdir)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """End at once, as a kill would, which every part of a run survives; an exception might be caught on its way."""
-    os.write(2, ((SHOW_CURSOR if os.isatty(2) else "") + STOPPED).encode())
-    os._exit(128 + number)
+def _plan(parser: argparse.ArgumentParser, config: Mapping[str, Any], parsed: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: the slice is only described
+    from afrl_jax.plan import programs
+    from afrl_jax.settings import read_settings
+    from lm_jax.plan_table import show_plan
+
+    try:
+        settings = read_settings(config)
+        use_kernels(settings.kernels)
+        mesh = settings.mesh if parsed.mesh is None else parsed.mesh
+        made = functools.partial(programs, settings)
+        fits = show_plan(made, parsed.compile_for, mesh, settings.remat, parsed.plan_file)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    parser.exit(0 if fits else 1)
 
 
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:
+    join_run(parser)
     # Imported here, so that --help and a mistyped argument answer at once.
     from afrl_jax.recipe import Recipe
     from afrl_jax.settings import read_settings
-    from lm_jax.train_loop import NonFiniteLoss
 
-    try:
-        recipe = Recipe(read_settings(config), config, workdir)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    try:
+    with ending_as_told(parser):
+        try:
+            settings = read_settings(config)
+            use_kernels(settings.kernels)
+            recipe = Recipe(settings, config, workdir)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"error: {error}\n")
         recipe()
-    except NonFiniteLoss as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from afrl_jax.answer_format import AnswerFormat
+from afrl_jax.decision import Decision
 from lm_jax.config import ARCHITECTURES, DecoderConfig
 
 
@@ -19,12 +21,7 @@ def render(title: str, config: DecoderConfig, format: AnswerFormat, description:
     meanings = scale.meanings or ("",) * len(scale)
     rules = len(format.instruction.rules)
     bias = ", ".join(f"{value:.3f}" for value in calibration["bias"])
-    threshold = description["threshold"]
-    decided = (
-        "the most probable one"
-        if threshold is None
-        else f"the highest grade whose cumulated probability P(grade >= c) reaches {threshold:g}"
-    )
+    decision = Decision.from_json(json.dumps(description["decision"]))
     return CARD.format(
         title=title,
         architecture=ARCHITECTURES[config.family],
@@ -37,13 +34,23 @@ def render(title: str, config: DecoderConfig, format: AnswerFormat, description:
         figures=_figures(description["figures"]),
         temperature=f"{calibration['temperature']:.3f}",
         bias=bias,
-        decided=decided,
+        decided=decision,
+        decided_in_torch=_in_torch(decision),
         document_tokens=format.max_document_tokens,
         weights_digest=description["weights_digest"],
         config_digest=description["config_digest"],
         versions=", ".join(f"{name} {version}" for name, version in description["library_versions"].items()),
         golden=len(description["golden"]),
     )
+
+
+def _in_torch(decision: Decision) -> str:
+    """The decision as an expression of `probabilities`, a tensor with one entry a grade."""
+    if decision.divisor is not None:
+        return '(probabilities / torch.tensor(relevance["decision"]["divisor"])).argmax()'
+    if decision.threshold is not None:
+        return '(probabilities.flip(0).cumsum(0)[:-1] >= relevance["decision"]["threshold"]).sum()'
+    return "probabilities.argmax()"
 
 
 def _figures(figures: Mapping[str, float]) -> str:
@@ -115,7 +122,11 @@ def grade_probabilities(query, document):
     calibration = relevance["calibration"]
     return (logits / calibration["temperature"] + torch.tensor(calibration["bias"])).softmax(-1)
 
-print(grade_probabilities("chess for kids", "Chess openings, explained to children"))
+def decide(probabilities):  # the grade, as an index on the scale
+    return int({decided_in_torch})
+
+print(probabilities := grade_probabilities("chess for kids", "Chess openings, explained to children"))
+print(decide(probabilities))
 ```
 
 `AutoModelForCausalLM.from_pretrained(".")` gives the same probabilities, over the tokens `label_token_ids`, and goes on
@@ -124,7 +135,7 @@ white space made one blank.
 
 ## Measured
 
-On judged pairs kept out of training; calibration and threshold fitted on other queries. Intervals: bootstrap over
+On judged pairs kept out of training; calibration and decision fitted on other queries. Intervals: bootstrap over
 queries.
 
 {figures}

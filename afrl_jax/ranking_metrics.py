@@ -136,17 +136,6 @@ def label_entropy(probabilities: np.ndarray) -> np.ndarray:
     return special.entr(probabilities).sum(-1)
 
 
-def pass_at_k(sampled: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
-    """Chance that at least one of k samples is right, estimated without bias from `right` of `sampled` draws, int [N].
-
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021); NaN where fewer than k were drawn.
-    """
-    sampled, right = np.broadcast_arrays(sampled, right)
-    all_wrong = np.prod([(sampled - right - i) / np.maximum(sampled - i, 1) for i in range(k)], axis=0)
-    all_wrong = np.where(sampled - right < k, 0, all_wrong)
-    return np.where(sampled < k, np.nan, 1 - all_wrong)
-
-
 def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     undefined = np.full(np.shape(denominator), np.nan)

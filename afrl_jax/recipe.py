@@ -16,29 +16,32 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh, SingleDeviceSharding
 
-from afrl_jax import distill, stepwise_grpo
-from afrl_jax.data import batches
+from afrl_jax.data import batches, clips_rulebooks
+from afrl_jax.distill import graded_by_teacher
 from afrl_jax.export import export_model
 from afrl_jax.inputs import open_inputs
+from afrl_jax.instructions.probe import ModelJudge
+from afrl_jax.instructions.run import evolve_instruction
+from afrl_jax.instructions.synthesis import read_the_words
+from afrl_jax.label_scorer import LabelScorer
 from afrl_jax.model_evaluation import Evaluated, evaluate_model
-from afrl_jax.report import read_log, write_report
+from afrl_jax.report import write_report
 from afrl_jax.rollouts import RolloutSource, repeat_updates
 from afrl_jax.schema import Judgment
-from afrl_jax.scoring import label_logprobs
-from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
-from afrl_jax.sft import SFT
-from lm_jax import optimizer, run_log, train_state
+from afrl_jax.scoring import RelevanceModel
+from afrl_jax.settings import DistillStage, EvolveStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
+from afrl_jax.stage_steps import stage_objective, stage_step
+from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
-from lm_jax.parameters import Parameters, initialize, shardings
+from lm_jax.parameters import Parameters, abstract, initialize
 from lm_jax.rows import Group
 from lm_jax.run_folder import RunFolder, refuse_other_config
 from lm_jax.shape import cut_layers, evenly_spaced
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
 from lm_jax.weights import read_weights
+from sharding import distributed
 
 
 class Recipe:
@@ -56,9 +59,8 @@ class Recipe:
         self.format, self.mesh, self.judgments = self.inputs.format, self.inputs.mesh, self.inputs.judgments
         self.run = RunFolder(workdir, config)
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
-        if settings.tokenizer == "train" and not (folder := workdir / "tokenizer").exists():
-            self.format.tokenizer.save(partial := workdir / "tokenizer.partial")
-            partial.rename(folder)
+        if settings.tokenizer == "train":
+            distributed.on_primary("tokenizer", self._keep_tokenizer)
 
     def __call__(self) -> dict[str, float]:
         """Run what is not finished yet; returns the report's metrics."""
@@ -73,10 +75,18 @@ class Recipe:
             else:
                 run_log.say(f"{name}: finished before")
         log.close()
+        if self.settings.evolve:
+            self.run.once("evolve", lambda: self._evolve(self.settings.evolve))
         evaluated = {name: self._evaluate(name, stage) for name, stage in self._evaluated_stages().items()}
-        metrics = self._report(evaluated)
+        metrics = self._report(evaluated) if distributed.is_primary() else {}
         self._export(evaluated, metrics)
         return metrics
+
+    def _keep_tokenizer(self) -> None:
+        folder = self.run.path / "tokenizer"
+        if not folder.exists():
+            self.format.tokenizer.save(partial := folder.with_name("tokenizer.partial"))
+            partial.rename(folder)
 
     # --- models ----------------------------------------------------------------------------------------------------
 
@@ -99,8 +109,7 @@ class Recipe:
         if self.held is None or self.held[0] != stage_name:
             self.held = None
             config = self.inputs.shapes[self.stages[stage_name].model]
-            like = jax.eval_shape(functools.partial(initialize, config, 0))
-            self.held = (stage_name, self.run.arrays(stage_name, _place(like, config, self.mesh)))
+            self.held = (stage_name, self.run.arrays(stage_name, abstract(config, self.mesh)))
         return self.held[1]
 
     # --- training --------------------------------------------------------------------------------------------------
@@ -111,10 +120,16 @@ class Recipe:
         config = self.inputs.shapes[stage.model]
         parameters = self._parameters_after(before) if before else self._start(stage.model)
         self.held = None
+        if stage.lora_rank:
+            parameters = lora.attach(
+                config, parameters, rank=stage.lora_rank, targets=stage.lora_targets, seed=self.settings.seed,
+                dtype=self.settings.dtype, mesh=self.mesh,
+            )  # fmt: skip
         objective, batch_at, coefficients = self._objective(name, stage, config, parameters)
-        transformation, step = self._step(stage, config, objective)
+        transformation, step = stage_step(stage, config, objective, self.format.label_ids, self.settings)
         if isinstance(stage, RLStage) and stage.kl:
             parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them; the reference stays
+        preparing = time.monotonic() - began
         state = fit(
             stage=name,
             state=train_state.create(parameters, transformation),
@@ -127,35 +142,11 @@ class Recipe:
             save_every=stage.save_every,
             mesh=self.mesh,
         )
-        seconds = round(time.monotonic() - began, 1)
-        self.run.finish(name, {"seconds": seconds, "steps": stage.steps}, state.parameters)
-        self.held = (name, state.parameters)
+        parameters = lora.merge(state.parameters, config=config) if stage.lora_rank else state.parameters
+        seconds = round(preparing + log.seconds(name), 1)
+        self.run.finish(name, {"seconds": seconds, "steps": stage.steps}, parameters)
+        self.held = (name, parameters)
         run_log.say(f"{name}: {stage.steps} steps in {seconds:.0f} s")
-
-    def _step(
-        self, stage: Stage, config: DecoderConfig, objective: Objective
-    ) -> tuple[optax.GradientTransformation, train_state.Step]:
-        """The optimizer and the jitted step of a stage."""
-        schedule = optimizer.learning_rate_schedule(
-            stage.learning_rate,
-            stage.steps,
-            warmup=stage.warmup,
-            schedule=stage.schedule,
-            final=stage.final_learning_rate,
-        )
-        transformation = optimizer.make_optimizer(
-            config, schedule, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip
-        )
-        step = train_state.make_step(
-            config,
-            objective,
-            transformation,
-            label_ids=self.format.label_ids,
-            micro_batches=stage.micro_batches,
-            dtype=self.settings.dtype,
-            remat=self.settings.remat,
-        )
-        return transformation, step
 
     def _objective(
         self, name: str, stage: Stage, config: DecoderConfig, parameters: Parameters
@@ -170,30 +161,24 @@ class Recipe:
             groups = [(self._groups(source, stage), share) for source, share in stage.mixture.items()]
         grades = len(self.format.labels)
         shape = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, grades)
-        objective, coefficients = SFT, {"sft/label": 1.0, "sft/explanation": 1.0, "sft/ordinal": 0.0}
-        if isinstance(stage, SFTStage):
-            weights = (stage.label_weight, stage.explanation_weight, stage.ordinal_weight)
-            coefficients = dict(zip(coefficients, weights, strict=True))
-        elif isinstance(stage, DistillStage):
-            objective = distill.make_objective(stage.temperature)
-            coefficients = dict(
-                zip(distill.TERMS, (stage.kl_share, 1 - stage.kl_share, stage.explanation_weight), strict=True)
-            )
+        if isinstance(stage, DistillStage):
             teacher = ("teacher_logprob", (grades,))
             shape = dataclasses.replace(shape, label_values=(*shape.label_values, teacher))
         dataset = batches.row_batches(
-            groups, shape, rows=stage.rows, branches_together=stage.branches_together, seed=seed
-        )
-        return objective, _in_order(dataset), lambda step: coefficients
+            groups, shape, rows=stage.rows, branches_together=stage.branches_together, seed=seed,
+            share=distributed.share(self.mesh),
+        )  # fmt: skip
+        objective, coefficients = stage_objective(stage)
+        return objective, batches.in_order(dataset), coefficients
 
     def _groups(self, source: str, stage: Stage) -> list[Group]:
         if source in self.inputs.texts:
             return batches.text_groups(self.format.tokenizer, self.inputs.texts[source], stage.row_tokens)
-        judgments = self.judgments[source]
-        weights = batches.balanced_weights(judgments, len(self.format.labels), stage.balance)
-        extra = None
+        judgments, extra = self.judgments[source], None
         if isinstance(stage, DistillStage):
-            extra = [{"teacher_logprob": row} for row in np.load(self._teacher_file(source))]
+            found = np.load(self._teacher_file(source))
+            judgments, extra = graded_by_teacher(judgments, found), [{"teacher_logprob": row} for row in found]
+        weights = batches.balanced_weights(judgments, len(self.format.labels), stage.balance)
         return batches.judgment_groups(self.format, judgments, weights, extra)
 
     def _rl(self, stage: RLStage, config: DecoderConfig, parameters: Parameters, seed: int):
@@ -206,15 +191,7 @@ class Recipe:
             experts = practised.own_right_answers(parameters, rows=stage.rollouts.prompts)
             run_log.say(f"rehearsal: the model answers {len(experts)} of {len(practised.judgments)} experts all right")
         rollouts = source(prompts, experts, reference=parameters if stage.kl else None, mesh=self.mesh)
-        objective = stepwise_grpo.make_objective(
-            clip_low=stage.clip_low, clip_high=stage.clip_high, kl=stage.kl > 0, token_weighted=stage.arm == "token"
-        )
-
-        def coefficients(step: int) -> dict[str, float]:
-            weight = stepwise_grpo.sft_weight(stage.arm, stage.sft_weight, stage.sft_weight_end, step, stage.steps)
-            terms = {"policy": 1.0, "exact": 1.0, "sft/label": weight, "sft/explanation": weight}
-            return terms | ({"kl": stage.kl} if stage.kl else {})
-
+        objective, coefficients = stage_objective(stage)
         return objective, repeat_updates(rollouts, stage.updates), coefficients
 
     # --- distillation ----------------------------------------------------------------------------------------------
@@ -232,20 +209,45 @@ class Recipe:
                 began = time.monotonic()
                 teacher = self._last_stage("teacher")
                 prompts = self.format.encode_prompts([(j.query, j.document) for j in self.judgments[source]])
-                found = label_logprobs(
-                    self._parameters_after(teacher),
-                    self.inputs.shapes["teacher"],
-                    prompts,
-                    self.format.label_ids,
-                    dtype=self.settings.dtype,
-                    progress=lambda items: run_log.progress(items, f"teacher labels of {source}", len(items)),
-                )
-                file = self._teacher_file(source)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                np.save(file, found)
+                scorer = LabelScorer(
+                    self._parameters_after(teacher), self.inputs.shapes["teacher"], self.format.label_ids,
+                    head=self.format.head_tokens, dtype=self.settings.dtype,
+                )  # fmt: skip
+                title = f"teacher labels of {source}"
+                found = scorer.label_logprobs(prompts, progress=lambda b: run_log.progress(b, title, len(b)))
+                distributed.on_primary("teacher labels", lambda: _save(self._teacher_file(source), found))
                 return {"seconds": round(time.monotonic() - began, 1), "pairs": len(prompts)}
 
             self.run.once(f"teacher_labels.{source}", label)
+
+    # --- instructions ----------------------------------------------------------------------------------------------
+
+    def _evolve(self, evolve: EvolveStage) -> dict[str, Any]:
+        """The trained model judges while its instruction evolves; all that comes of it is in evolution/."""
+        began = time.monotonic()
+        stage = self._last_stage(evolve.model)
+        dtype = self.settings.dtype
+        model = RelevanceModel(
+            self.inputs.shapes[evolve.model], self._parameters_after(stage), self.format, dtype=dtype
+        )
+        base, references = self.settings.instruction, {}
+        if base is None:  # the built-in world
+            base = clips_rulebooks.base_instruction()
+            for name, held_out in (("full rulebook", False), ("full rulebook, held-out wording", True)):
+                references[name] = clips_rulebooks.full_rulebook(held_out_wording=held_out)
+        names = {"dev_new": evolve.dev_new, "dev_replay": evolve.dev_replay, "test": evolve.test}
+        rounds = evolve_instruction(
+            ModelJudge(model, self.judgments[self.settings.evaluation.calibration]),
+            base,
+            {name: self.judgments[source] for name, source in names.items() if source},
+            evolve,
+            self.run.path / "evolution",
+            references=references,
+            second=read_the_words if references else None,
+            rule_frequency=clips_rulebooks.natural_frequencies() if references else None,
+        )[evolve.proposer]
+        facts = {"rounds": len(rounds) - 1, "dev_new_before": rounds[0].new, "dev_new": rounds[-1].new}
+        return {"seconds": round(time.monotonic() - began, 1), **facts}
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
@@ -273,12 +275,10 @@ class Recipe:
                 calibration=self.judgments[evaluation.calibration],
                 explained_pairs=evaluation.explained_pairs,
                 max_new_tokens=evaluation.max_new_tokens,
-                seed=self.settings.seed,
                 dtype=self.settings.dtype,
                 title=name,
             )
-            folder.mkdir(parents=True, exist_ok=True)
-            evaluated.save(folder)
+            distributed.on_primary("evaluation", lambda: _keep(evaluated, folder))
             self.run.finish(folder.name, {"seconds": round(time.monotonic() - began, 1)})
         return Evaluated.load(folder)
 
@@ -289,13 +289,14 @@ class Recipe:
         for model in dict.fromkeys(stage.model for stage in self.settings.stages):
             facts[f"{model} parameters"] = f"{self.inputs.shapes[model].parameter_count:,}"
         test, calibration = self.settings.evaluation.test, self.settings.evaluation.calibration
+        facts |= {f"grade of {name}": str(each.decision) for name, each in evaluated.items()}
         facts["judged pairs"] = f"{len(self.judgments[test]):,} of data.{test}; calibrated on data.{calibration}"
         return write_report(
             self.run.path / "report",
             {name: each.predictions for name, each in evaluated.items()},
             self.format.instruction,
             title=self.settings.title or "AFRL run",
-            records=read_log(self.run.path / "log.jsonl"),
+            records=run_log.read_log(self.run.path / "log.jsonl"),
             facts=facts,
             seed=self.settings.seed,
             resamples=self.settings.evaluation.resamples,
@@ -314,7 +315,7 @@ class Recipe:
                 self.inputs.shapes[stage.model],
                 self.format,
                 calibration=chosen.calibration,
-                threshold=chosen.threshold,
+                decision=chosen.decision,
                 golden=_spread(self.judgments[self.settings.evaluation.test], 8),
                 figures={key.removeprefix(f"{name}/"): v for key, v in metrics.items() if key.startswith(f"{name}/")},
                 config=self.config,
@@ -330,29 +331,17 @@ def run(settings: Settings, config: Mapping[str, Any], workdir: Path) -> dict[st
     return Recipe(settings, config, workdir)()
 
 
-def _in_order(dataset: Any) -> BatchAt:
-    """Batches of a random-access dataset, read ahead from the first step that is asked for."""
-    reading: dict[int, Any] = {}
+def _save(file: Path, array: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, array)
 
-    def batch_at(state: Any, step: int) -> tuple[Mapping[str, np.ndarray], dict[str, float]]:
-        iterator = reading.pop(step, None) or batches.from_step(dataset, step)
-        batch = next(iterator)
-        reading[step + 1] = iterator
-        return batch, {}
 
-    return batch_at
+def _keep(evaluated: Evaluated, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluated.save(folder)
 
 
 def _spread(judgments: Sequence[Judgment], count: int) -> list[tuple[Any, Any]]:
     """`count` pairs spread evenly over the judgments."""
     places = np.linspace(0, len(judgments) - 1, min(count, len(judgments))).astype(int)
     return [(judgments[i].query, judgments[i].document) for i in places]
-
-
-def _place(like: Parameters, config: DecoderConfig, mesh: Mesh | None) -> Parameters:
-    """The same shapes with the shardings that the parameters are to have."""
-    if mesh is None:
-        places = dict.fromkeys(like, SingleDeviceSharding(jax.local_devices()[0]))
-    else:
-        places = shardings(config, mesh)
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in like.items()}

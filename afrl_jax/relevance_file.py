@@ -31,7 +31,7 @@ REQUIRED = (
     "max_document_tokens",
     "label_token_ids",
     "calibration",
-    "threshold",
+    "decision",
     "weights_digest",
     "golden",
 )
@@ -63,7 +63,7 @@ def describe(
         "max_document_tokens": format.max_document_tokens,
         "label_token_ids": list(format.label_ids),
         "calibration": dataclasses.asdict(model.calibration),
-        "threshold": model.threshold,
+        "decision": dataclasses.asdict(model.decision),
         "figures": dict(figures),
         "golden": [
             {"query": dataclasses.asdict(q), "document": dataclasses.asdict(d), "probabilities": p.tolist()}
@@ -88,6 +88,8 @@ def read(source: str | Path) -> dict[str, Any] | None:
     if description.get("format_version") != FORMAT_VERSION:
         version = description.get("format_version")
         raise ValueError(f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}")
+    if "threshold" in description:  # as written before there were several rules to decide by
+        description["decision"] = {"threshold": description.pop("threshold"), "divisor": None}
     if missing := [key for key in REQUIRED if key not in description]:
         raise ValueError(f"{file}: {', '.join(missing)} is missing")
     checksum = Template(**description["template"]).checksum
@@ -113,6 +115,11 @@ def instruction_of(description: Mapping[str, Any] | None, given: Instruction | N
             f"the model has a {NAME} with its own task and scale {', '.join(fields['scale']['labels'])}; "
             "a scale can only be given to a model without one"
         )
+    return instruction_from(fields)
+
+
+def instruction_from(fields: Mapping[str, Any]) -> Instruction:
+    """The instruction that `dataclasses.asdict` took apart."""
     return Instruction(
         fields["task"],
         Scale(tuple(fields["scale"]["labels"]), tuple(fields["scale"]["meanings"])),
@@ -143,6 +150,11 @@ def make_format(description: Mapping[str, Any] | None, tokenizer: Tokenizer, ins
     return format
 
 
+def _query(fields: Mapping[str, Any]) -> Query:
+    own = fields.get("instruction")
+    return Query(**{**fields, "instruction": instruction_from(own) if own else None})
+
+
 def check_golden(description: Mapping[str, Any], model: RelevanceModel, source: str | Path) -> None:
     """Re-score the golden pairs; bf16 compute is allowed its rounding.
 
@@ -152,7 +164,7 @@ def check_golden(description: Mapping[str, Any], model: RelevanceModel, source: 
     golden = description["golden"]
     if not golden:
         return
-    pairs = [(Query(**row["query"]), Document(**row["document"])) for row in golden]
+    pairs = [(_query(row["query"]), Document(**row["document"])) for row in golden]
     expected = np.array([row["probabilities"] for row in golden])
     error = np.abs(model.predict_proba(pairs) - expected)
     tolerance = GOLDEN_TOLERANCE if model.dtype == "float32" else 0.05

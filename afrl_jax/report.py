@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,10 @@ from afrl_jax.evaluation import (
     paired_bootstrap,
     rule_frequencies,
 )
-from afrl_jax.report_plots import Plot
 from afrl_jax.schema import Instruction
+from lm_jax import report_pictures
+from lm_jax.report_page import named, page, picture, section, table
+from lm_jax.report_pictures import Plot
 
 STUDENT = "student"
 RETAINED = ("accuracy", "macro_f1", "quadratic_weighted_kappa", "ndcg_exp@10", "ndcg_lin@10", "pair_accuracy")
@@ -41,8 +42,7 @@ MEANINGS = {
     "brier_before_calibration": "↓ the same before calibration",
     "signed_grade_error": "0 is best; expected grade − gold, in grades",
     "label_entropy": "nats; falls when labels collapse",
-    "pass@8": "↑ a right label among 8 sampled answers",
-    "expected_pass@8": "↑ 1 − (1 − p(gold))⁸",
+    "pass@8": "↑ a right label among 8 sampled answers, 1 − (1 − p(gold))⁸",
     "rule_recall/head": "↑ pairs decided by rules of at least 5%",
     "rule_recall/torso": "↑ by rules of 1% to 5%",
     "rule_recall/tail": "↑ by rules below 1%",
@@ -50,21 +50,6 @@ MEANINGS = {
     "explanation/consistency": "↑ that repeat the grade and name a rule which allows it",
     "explanation/rule_accuracy": "↑ that name a gold rule",
 }
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl, a line a step. A last line that a kill cut short is left out.
-
-    Any other line that is no JSON raises ValueError with its number.
-    """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if line.endswith("\n"):
-                raise ValueError(f"{path}:{number}: not a log record: {line.strip()!r}") from error
-    return records
 
 
 def write_report(
@@ -82,9 +67,10 @@ def write_report(
     """Write the report into `folder` (made if absent) and return the contents of metrics.json.
 
     `predictions` are the models on the same pairs in the order they came to be, such as "sft", "rl", "student": each is
-    compared with the one before it, which is also the student's teacher. `records` are the run's log, as `read_log`
-    gives them. `rule_frequency` are the shares of the training pairs (default: of the judged pairs). `facts` head the
-    page: command, data, hardware, time. What a run did not have - a stage, rules, a student - is left out.
+    compared with the one before it, which is also the student's teacher. `records` are the run's log, as
+    `run_log.read_log` gives them. `rule_frequency` are the shares of the training pairs (default: of the judged pairs).
+    `facts` head the page: command, data, hardware, time. What a run did not have - a stage, rules, a student - is left
+    out.
 
     metrics.json is flat: "<model>/<metric>" with "/low" and "/high", "<model>-<model before>/<metric>" with "/p" too.
     """
@@ -128,10 +114,10 @@ def _plots(
     frequency: Mapping[int, float],
 ) -> Iterable[Plot]:
     def series(name: str, title: str, caption: str, unit: str, wanted) -> Plot:
-        rows = report_plots.series_rows(records, wanted)
-        return Plot(name, title, caption, rows, functools.partial(report_plots.draw_series, unit=unit))
+        rows = report_pictures.series_rows(records, wanted)
+        return Plot(name, title, caption, rows, functools.partial(report_pictures.draw_series, unit=unit))
 
-    colors = report_plots.colors_of(list(predictions))
+    colors = report_pictures.colors_of(list(predictions))
     trained = {name: of_model for name, of_model in figures.items() if name != STUDENT}
     teacher_and_student = dict(list(figures.items())[-2:]) if list(figures)[1:][-1:] == [STUDENT] else {}
     rules = {rule.number: rule.text for rule in instruction.rules}
@@ -208,50 +194,32 @@ def _page(
     sections = []
     if figures:
         rows = [
-            [_named(metric, MEANINGS.get(metric, "")), *(_cell(model.get(metric)) for model in models)]
+            [named(metric, MEANINGS.get(metric, "")), *(_cell(model.get(metric)) for model in models)]
             for metric in measured
             if metric not in by_rule
         ]
-        sections.append(_section("Figures", "With 95% bootstrap intervals over queries.", _table(["", *figures], rows)))
+        sections.append(section("Figures", "With 95% bootstrap intervals over queries.", table(["", *figures], rows)))
     if differences:
         rows = [
-            [_named(metric), *(_cell(pair.get(metric)) for pair in pairs)]
+            [named(metric), *(_cell(pair.get(metric)) for pair in pairs)]
             for metric in measured
             if metric not in by_rule
         ]
         caption = "Paired by query. Bold where the 95% interval leaves out 0."
-        sections.append(_section("Differences", caption, _table(["", *differences], rows)))
+        sections.append(section("Differences", caption, table(["", *differences], rows)))
     for plot in plots:
-        image = f'<img src="{plot.name}.png" srcset="{plot.name}.png 1.5x" alt="{html.escape(plot.title)}">'
-        source = f'<p class="source"><a href="{plot.name}.csv">{plot.name}.csv</a></p>'
-        sections.append(_section(plot.title, plot.caption, image + source))
+        sections.append(section(plot.title, plot.caption, picture(plot.name, plot.title)))
     if any(metric in by_rule for metric in measured):
         rows = [
-            [_named(f"rule {rule}", rules.get(rule, ""))]
-            + [_named(f"{frequency[rule]:.1%}", frequency_bucket(frequency[rule]))]
+            [named(f"rule {rule}", rules.get(rule, ""))]
+            + [named(f"{frequency[rule]:.1%}", frequency_bucket(frequency[rule]))]
             + [_cell(model.get(metric)) for model in models]
             for metric, rule in by_rule.items()
             if metric in measured
         ]
         caption = "Share of each rule's pairs that got their gold grade."
-        sections.append(_section("Rules", caption, _table(["", "frequency", *figures], rows)))
-    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    return PAGE.format(title=html.escape(title), facts=listed, body="\n".join(sections))
-
-
-def _section(title: str, caption: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>{body}</section>"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are HTML already, the head is not."""
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _named(name: str, meaning: str = "") -> str:
-    return f"{html.escape(name)}<small>{html.escape(meaning)}</small>"
+        sections.append(section("Rules", caption, table(["", "frequency", *figures], rows)))
+    return page(title, facts, sections)
 
 
 def _cell(figure: Figure | Difference | None) -> str:
@@ -262,40 +230,3 @@ def _cell(figure: Figure | Difference | None) -> str:
         interval = f"{figure.low:+.3f} to {figure.high:+.3f}, p {figure.p:.3f}"
         return f"<{tag}>{figure.value:+.3f}</{tag}><small>{interval}</small>"
     return f"{figure.value:.3f}<small>{figure.low:.3f} to {figure.high:.3f}</small>"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --text: #1c1e21; --soft: #63686e; --line: #e2e4e7; --page: #fff; --link: #0b62a8; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --text: #e4e6e8; --soft: #9aa0a6; --line: #33373c; --page: #16181b; --link: #7db8ec; }}
-}}
-body {{ max-width: 62rem; margin: 3rem auto; padding: 0 1.25rem; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 1rem; }}
-h2 {{ font-size: 1.2rem; margin: 3rem 0 0; }}
-p, small, dt {{ color: var(--soft); }}
-p {{ margin: .2rem 0 1rem; }}
-a {{ color: var(--link); }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .4rem .8rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }}
-th {{ font-weight: 600; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-td small {{ display: block; font-size: .8rem; }}
-td:not(:first-child) small {{ white-space: nowrap; }}
-img {{ display: block; max-width: 100%; box-sizing: border-box; padding: .75rem; background: #fff; border-radius: 8px;
-  border: 1px solid var(--line); }}
-.source {{ font-size: .85rem; margin: .4rem 0 0; }}
-</style>
-<h1>{title}</h1>
-<dl>{facts}</dl>
-{body}
-</html>
-"""

@@ -1,105 +1,28 @@
-"""The pictures of a report. Each is drawn from a list of rows alone, and those rows are the CSV beside the PNG.
+"""The pictures that speak of relevance models; what any report draws is in `lm_jax.report_pictures`.
 
 A `*_rows` function turns a run log or predictions into rows (empty: nothing to show), a `draw_*` function turns rows
-into a matplotlib Figure. No global matplotlib state is touched.
+into a matplotlib Figure.
 """
 
 from __future__ import annotations
 
 import collections
-import csv
-import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from afrl_jax import calibration
 from afrl_jax.evaluation import Figure, Predictions, frequency_bucket
+from lm_jax.report_pictures import WIDTH, Rows, blank, distinct, shared_legend, smoothed
 
-Rows = list[dict[str, Any]]
-
-# Okabe and Ito's palette, told apart by every kind of colour vision; yellow left out on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 # Colors that no model has: what is not a model must not look like one.
 BUCKET_COLORS = {"head": "#BDBAD8", "torso": "#7E78B8", "tail": "#3F1F7D"}
 BUCKET_MEANING = {"head": "head: at least 5%", "torso": "torso: 1% to 5%", "tail": "tail: below 1%"}
 CALIBRATION_COLORS = {"before": "#A0A0A0", "after": "#3F1F7D"}
-WIDTH = 10  # inches of a whole picture
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "savefig.dpi": 144,
-}
-
-
-def colors_of(names: Sequence[str]) -> dict[str, str]:
-    """A color for each name, the same whichever of them a picture shows."""
-    return dict(zip(names, itertools.cycle(COLORS), strict=False))
-
-
-class Plot(NamedTuple):
-    """A picture to be: file name, what it shows, its rows and how to draw them."""
-
-    name: str
-    title: str
-    caption: str
-    rows: Rows
-    draw: Callable[[Rows], Picture]
-
-    def save(self, folder: Path) -> None:
-        """Write <name>.csv and <name>.png into the folder."""
-        with (folder / f"{self.name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.rows[0])
-            writer.writeheader()
-            writer.writerows(self.rows)
-        with matplotlib.rc_context(STYLE):
-            self.draw(self.rows).savefig(folder / f"{self.name}.png")
-
-
-def series_rows(records: Sequence[Mapping[str, Any]], wanted: Callable[[str], bool]) -> Rows:
-    """One row a logged number (null is one that was not finite): stage, step, series, value."""
-    return [
-        {"stage": record["stage"], "step": record["step"], "series": name, "value": value}
-        for record in records
-        for name, value in record.items()
-        if wanted(name) and value is not None
-    ]
-
-
-def draw_series(rows: Rows, unit: str) -> Picture:
-    """A panel a stage, a line a series over steps: faint as logged, bold its running mean."""
-    stages, names = _distinct(rows, "stage"), _distinct(rows, "series")
-    columns = min(3, len(stages))
-    lines = -(-len(stages) // columns)
-    picture = _picture(WIDTH, 2.8 * lines + 0.6)
-    panels = list(picture.subplots(lines, columns, squeeze=False).flat)
-    for panel, stage in zip(panels, stages, strict=False):
-        for name, color in colors_of(names).items():
-            points = [row for row in rows if row["stage"] == stage and row["series"] == name]
-            if points:
-                _smoothed(panel, [row["step"] for row in points], [row["value"] for row in points], name, color)
-        panel.set(title=stage, xlabel="step", ylabel=unit)
-    for unused in panels[len(stages) :]:
-        unused.remove()
-    if len(names) > 1:
-        _shared_legend(picture)
-    return picture
 
 
 def dead_group_rows(records: Sequence[Mapping[str, Any]], rule_frequency: Mapping[int, float]) -> Rows:
@@ -120,21 +43,21 @@ def dead_group_rows(records: Sequence[Mapping[str, Any]], rule_frequency: Mappin
 
 def draw_dead_groups(rows: Rows) -> Picture:
     """Left: each rule's mean share, the most frequent rule first. Right: the buckets over training."""
-    picture = _picture(WIDTH, 3.8)
+    picture = blank(WIDTH, 3.8)
     by_rule, by_step = picture.subplots(1, 2, sharey=True)
-    rules = _distinct(sorted(rows, key=lambda row: -row["frequency"]), "rule")
+    rules = distinct(sorted(rows, key=lambda row: -row["frequency"]), "rule")
     for bucket, color in BUCKET_COLORS.items():
         members = [row for row in rows if frequency_bucket(row["frequency"]) == bucket]
         if members:
             of_rule, of_step = _means(members, "rule", "dead_share"), _means(members, "step", "dead_share")
             by_rule.bar([rules.index(rule) for rule in of_rule], of_rule.values(), color=color)
-            _smoothed(by_step, list(of_step), list(of_step.values()), BUCKET_MEANING[bucket], color)
+            smoothed(by_step, list(of_step), list(of_step.values()), BUCKET_MEANING[bucket], color)
     by_rule.set(title="Mean over training", xlabel="rule number, most frequent first", ylabel="groups without variance")
     by_rule.set_xticks(range(len(rules)), rules, fontsize=8)
     by_rule.grid(axis="x", visible=False)
     by_step.set(title="Over training", xlabel="step", ylim=(0, 1.02))
     by_step.yaxis.set_major_formatter(PercentFormatter(1))
-    _shared_legend(picture)
+    shared_legend(picture)
     return picture
 
 
@@ -149,9 +72,9 @@ def confusion_rows(predictions: Mapping[str, Predictions], labels: Sequence[str]
 
 def draw_confusion(rows: Rows) -> Picture:
     """A panel a model; colour and percentage are shares of the gold grade's pairs."""
-    models, labels = _distinct(rows, "model"), _distinct(rows, "gold")
+    models, labels = distinct(rows, "model"), distinct(rows, "gold")
     side = max(2.4, 0.6 * len(labels))
-    picture = _picture((side + 0.9) * len(models), side + 0.9)
+    picture = blank((side + 0.9) * len(models), side + 0.9)
     for panel, model in zip(picture.subplots(1, len(models), squeeze=False).flat, models, strict=True):
         counts = np.array([row["pairs"] for row in rows if row["model"] == model]).reshape(len(labels), -1)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -182,8 +105,8 @@ def reliability_rows(predictions: Mapping[str, Predictions]) -> Rows:
 
 def draw_reliability(rows: Rows) -> Picture:
     """A panel a model: accuracy against confidence, the area of a dot being its share of the pairs."""
-    models = _distinct(rows, "model")
-    picture = _picture(3.2 * len(models) + 0.4, 4.1)
+    models = distinct(rows, "model")
+    picture = blank(3.2 * len(models) + 0.4, 4.1)
     for panel, model in zip(picture.subplots(1, len(models), squeeze=False).flat, models, strict=True):
         panel.plot([0, 1], [0, 1], ":", color="#222222", linewidth=1, label="perfect calibration")
         for state, color in CALIBRATION_COLORS.items():
@@ -194,7 +117,7 @@ def draw_reliability(rows: Rows) -> Picture:
             panel.scatter(confidence, accuracy, 12 + 400 * pairs / max(pairs.sum(), 1), color=color, alpha=0.5)
         panel.set(title=model, xlabel="confidence in the top grade", xlim=(0, 1.05), ylim=(0, 1.05))
         panel.set(ylabel="share right", aspect="equal")
-    _shared_legend(picture)
+    shared_legend(picture)
     return picture
 
 
@@ -213,10 +136,10 @@ def rule_recall_rows(
 
 def draw_rule_recall(rows: Rows, colors: Mapping[str, str]) -> Picture:
     """A line a rule, a dot a model in its color."""
-    rules = _distinct(rows, "rule")
+    rules = distinct(rows, "rule")
     first = {rule: next(row for row in rows if row["rule"] == rule) for rule in rules}
     names = [f"{_shortened(first[rule]['text'])}  {rule} · {first[rule]['frequency']:.1%}" for rule in rules]
-    picture = _picture(WIDTH, 0.3 * len(rules) + 1.2)
+    picture = blank(WIDTH, 0.3 * len(rules) + 1.2)
     panel = picture.subplots()
     _dots(panel, rows, rules, "rule", "recall", colors)
     panel.set_yticks(range(len(rules)), names, fontsize=9)
@@ -229,7 +152,7 @@ def draw_rule_recall(rows: Rows, colors: Mapping[str, str]) -> Picture:
         )
     panel.set(xlabel="share of the rule's pairs that got their gold grade, with 95% interval", xlim=(-0.02, 1.02))
     panel.xaxis.set_major_formatter(PercentFormatter(1))
-    _shared_legend(picture)
+    shared_legend(picture)
     return picture
 
 
@@ -247,8 +170,8 @@ def comparison_rows(figures: Mapping[str, Mapping[str, Figure]], metrics: Collec
 
 def draw_comparison(rows: Rows, colors: Mapping[str, str]) -> Picture:
     """A line a metric, a dot a model in its color, the last model's retention at the right."""
-    metrics = _distinct(rows, "metric")
-    picture = _picture(WIDTH, 0.42 * len(metrics) + 1.2)
+    metrics = distinct(rows, "metric")
+    picture = blank(WIDTH, 0.42 * len(metrics) + 1.2)
     panel = picture.subplots()
     _dots(panel, rows, metrics, "metric", "value", colors)
     panel.set_yticks(range(len(metrics)), metrics)
@@ -257,14 +180,15 @@ def draw_comparison(rows: Rows, colors: Mapping[str, str]) -> Picture:
         text = "" if retention is None else f"{retention:.0%}"
         panel.text(1.03, place, text, va="center", color="#222222", transform=panel.get_yaxis_transform())
     panel.text(1.03, -0.75, "retained", va="bottom", color="#555555", transform=panel.get_yaxis_transform())
-    panel.set(xlabel="figure, with 95% interval over queries", xlim=(min(-0.02, *(row["low"] for row in rows)), 1.02))
-    _shared_legend(picture)
+    least = min(0.0, *(row["low"] for row in rows))
+    panel.set(xlabel="figure, with 95% interval over queries", xlim=(least - 0.02, 1.02))
+    shared_legend(picture)
     return picture
 
 
 def _dots(panel: Axes, rows: Rows, lines: Sequence, line: str, value: str, colors: Mapping[str, str]) -> None:
     """Horizontal dots with intervals, models side by side on each line, the first line on top."""
-    models = _distinct(rows, "model")
+    models = distinct(rows, "model")
     for place, model in enumerate(models):
         points = [row for row in rows if row["model"] == model]
         offset = 0.22 * (place - (len(models) - 1) / 2)
@@ -276,36 +200,11 @@ def _dots(panel: Axes, rows: Rows, lines: Sequence, line: str, value: str, color
     panel.grid(axis="y", visible=False)
 
 
-def _smoothed(panel: Axes, steps: Sequence[float], values: Sequence[float], name: str, color: str) -> None:
-    window = max(1, len(values) // 25)
-    kernel = np.ones(window)
-    mean = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-    panel.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-    panel.plot(steps, mean, color=color, linewidth=1.8, label=name)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def _shared_legend(picture: Picture) -> None:
-    handles = {
-        name: handle for panel in picture.axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    columns = int(picture.get_figwidth() // 2.2)
-    picture.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
-
-
-def _picture(width: float, height: float) -> Picture:
-    return Picture(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06))
-
-
 def _means(rows: Rows, by: str, column: str) -> dict[Any, float]:
     values = collections.defaultdict(list)
     for row in rows:
         values[row[by]].append(row[column])
     return {key: float(np.mean(of_key)) for key, of_key in values.items()}
-
-
-def _distinct(rows: Rows, column: str) -> list:
-    return list(dict.fromkeys(row[column] for row in rows))
 
 
 def _shortened(text: str, length: int = 56) -> str:

@@ -29,7 +29,7 @@ def answer_rewards(format: AnswerFormat, judgment: Judgment, tokens: np.ndarray,
         rewards[LABEL] = 0.0 if label is None else label_reward(label, judgment.grade, len(format.labels), graded)
         return rewards
     parsed = format.parse(tokens)
-    return segment_rewards(parsed, judgment, format.instruction, graded=graded)
+    return segment_rewards(parsed, judgment, judgment.query.instruction or format.instruction, graded=graded)
 
 
 def label_reward(label: int, gold: int, grades: int, graded: bool) -> float:

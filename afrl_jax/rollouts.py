@@ -16,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from afrl_jax.answer_format import LABEL, SEGMENTS, AnswerFormat
+from afrl_jax.curriculum import choose_prompts
 from afrl_jax.data.batches import SFT_VALUES, answer_branch, judgment_groups, row_batches
+from afrl_jax.label_scorer import LabelScorer
 from afrl_jax.rewards import answer_rewards, label_reward
 from afrl_jax.schema import Judgment
 from afrl_jax.stepwise_grpo import TOKEN_VALUES, advantages, rollout_branches, step_mask
@@ -26,7 +28,10 @@ from lm_jax.parameters import Parameters
 from lm_jax.rows import Batch, Branch, Group, RowShape, empty_row, render_row, stack
 from lm_jax.sample import Samples, sample
 from lm_jax.token_loss import outputs
-from lm_jax.train_state import TrainState, place_batch
+from lm_jax.train_state import TrainState
+from sharding import distributed
+
+NO_RULE = -1  # of a judgment without rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class RolloutSettings:
     stepwise: bool = True  # a reward a segment; False: their weighted sum, plain GRPO
     mask: bool = False  # OptGRM-like step mask
     weights: tuple[float, ...] = (1.0, 0.25, 0.5, 0.25)  # of label, match, rule, consistency
+    pool: int = 1  # prompts looked at for each one practised on; above 1, those whose groups will be mixed are taken
     expert_rows: int = 2  # rows of expert answers a step
     gated: bool = False  # expert answers of the step's own prompts, where no sampled label is right
 
@@ -74,8 +80,8 @@ class RolloutSource:
         self.format, self.config, self.settings, self.dtype, self.seed = format, config, settings, dtype, seed
         self.reference, self.mesh = reference, mesh
         self.judgments = list(judgments)
-        prompts = format.encode_prompts([(j.query, j.document) for j in self.judgments])
-        self._prompts = [prompt.tokens for prompt in prompts]
+        self._encoded = format.encode_prompts([(j.query, j.document) for j in self.judgments])
+        self._prompts = [prompt.tokens for prompt in self._encoded]
         self._order = grain.MapDataset.range(len(self.judgments)).seed(seed).shuffle().repeat()
         longest = max(len(prompt) for prompt in self._prompts)
         self._prompt_tokens = -(-longest // 32) * 32
@@ -90,40 +96,46 @@ class RolloutSource:
         sizes = [(len(group.trunk) + len(b.inputs), len(b.targets)) for group in expert_groups for b in group.branches]
         sizes.append((longest + answers, answers))
         tokens, targets = np.max(sizes, axis=0)
-        self.shape = RowShape(
-            tokens=-(-int(tokens) // 64) * 64,
-            targets=int(targets),
-            labels=max(8, settings.group),
-            token_values=(*SFT_VALUES, *TOKEN_VALUES),
-            label_values=(
-                ("label_unit", ()),
-                ("label_gold", (grades,)),
-                ("exact_unit", ()),
-                ("label_reward", (grades,)),
-            ),
-        )
+        self.shape = rollout_row_shape(int(tokens), int(targets), settings.group, grades)
+        self._share = distributed.share(mesh)
         self._experts = None
         if expert_groups:
             self._experts = row_batches(
-                [(expert_groups, 1.0)], self.shape, rows=settings.expert_rows, branches_together=4, seed=seed
-            )
+                [(expert_groups, 1.0)], self.shape, rows=settings.expert_rows, branches_together=4, seed=seed,
+                share=self._share,
+            )  # fmt: skip
         self._score = jax.jit(self._reference_logprobs)
 
     def batch(self, state: TrainState, step: int) -> tuple[Batch, dict[str, float]]:
-        """The rows of one step and what is known of it on the host: rewards, lengths, dead groups."""
-        count = self.settings.prompts
-        rows = [int(self._order[step * count + i]) for i in range(count)]
+        """This process's rows of one step and what is known of the step on the host: rewards, lengths, dead groups."""
+        rows, natural = self._choose(state.parameters, step)
         samples = self.sample(state.parameters, rows, step)
         rendered, metrics = self._rollout_rows(rows, samples)
+        metrics |= natural
+        expert_rows = self.settings.expert_rows // self._share[1]
         if self._experts is not None:
             experts = self._experts[step]
-            rendered += [{name: x[i] for name, x in experts.items()} for i in range(self.settings.expert_rows)]
-        elif self.settings.expert_rows and not self.settings.gated:
-            rendered += [empty_row(self.shape)] * self.settings.expert_rows
+            rendered += [{name: x[i] for name, x in experts.items()} for i in range(expert_rows)]
+        elif expert_rows and not self.settings.gated:
+            rendered += [empty_row(self.shape)] * expert_rows
         batch = stack(rendered)
         if self.reference is not None:
-            batch["reference_logprob"] = np.asarray(self._score(self.reference, batch))
+            batch["reference_logprob"] = self._reference(batch)
         return batch, metrics
+
+    def _choose(self, parameters: Parameters, step: int) -> tuple[list[int], Mapping[str, float]]:
+        """The judgments of a step: the next ones, or of the next `pool` times as many those worth practising."""
+        size = self.settings.prompts * self.settings.pool
+        rows = [int(self._order[step * size + i]) for i in range(size)]
+        if self.settings.pool == 1:
+            return rows, {}
+        prompts = [self._encoded[row] for row in rows]
+        head, labels = self.format.head_tokens, self.format.label_ids
+        found = LabelScorer(parameters, self.config, labels, head=head, dtype=self.dtype).label_logprobs(prompts)
+        accuracy = np.exp([of_grade[self.judgments[row].grade] for of_grade, row in zip(found, rows, strict=True)])
+        rng = np.random.default_rng((self.seed, step))
+        chosen = choose_prompts(accuracy, self.settings.prompts, self.settings.group, rng)
+        return [rows[place] for place in chosen.places], chosen.natural
 
     def sample(self, parameters: Parameters, rows: Sequence[int], step: int, group: int | None = None) -> Samples:
         """G answers to each of these judgments' prompts."""
@@ -133,7 +145,10 @@ class RolloutSource:
             lengths[place] = len(self._prompts[row])
             tokens[place, : lengths[place]] = self._prompts[row]
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        inputs = place_batch((tokens, lengths, np.asarray(rows, np.uint32)), self.mesh)
+        index, count = distributed.share(self.mesh)
+        mine = slice(len(rows) // count * index, len(rows) // count * (index + 1))
+        inputs = (tokens[mine], lengths[mine], np.asarray(rows, np.uint32)[mine])
+        inputs = distributed.place_batch(inputs, self.mesh)
         drawn = sample(
             parameters,
             *inputs,
@@ -144,7 +159,7 @@ class RolloutSource:
             eos=self.format.tokenizer.eos,
             dtype=self.dtype,
         )
-        return jax.device_get(drawn)
+        return distributed.fetch(drawn)
 
     def own_right_answers(self, parameters: Parameters, rows: int = 16) -> list[Judgment]:
         """Judgments that the model, sampled once, answers fully right - with its own explanation (rehearsal)."""
@@ -163,8 +178,10 @@ class RolloutSource:
     def _rollout_rows(self, rows: Sequence[int], samples: Samples) -> tuple[list[Batch], dict[str, float]]:
         settings, format = self.settings, self.format
         weights = np.array(settings.weights)
-        rendered, rewards, dead = [], [], defaultdict(list)
-        for place, row in enumerate(rows):
+        rendered, rewards, dead = [], [], []
+        index, count = self._share
+        size = len(rows) // count
+        for place, row in list(enumerate(rows))[index * size : (index + 1) * size]:
             judgment, prompt = self.judgments[row], self._prompts[row]
             tokens_GA, lengths_G = samples.tokens[place], samples.lengths[place]
             rewards_GS = np.array(
@@ -194,10 +211,14 @@ class RolloutSource:
                 branches.append(answer_branch(format, judgment, prompt[-1:], judgment.weight))
             group = Group(prompt[:-1], branches)
             rendered.append(render_row([group], [(0, tuple(range(len(branches))))], self.shape))
-            for rule in judgment.rules[:1]:
-                dead[rule].append(float(not right.any()))
+            dead.append((judgment.rules[0] if judgment.rules else NO_RULE, not right.any()))
+        if count > 1:
+            rewards, dead = distributed.concatenate(np.array(rewards)), distributed.concatenate(np.array(dead))
+        by_rule = defaultdict(list)
+        for rule, value in np.array(dead, int).tolist():
+            by_rule[rule].append(value)
         return rendered, self._metrics(np.array(rewards), samples) | {
-            f"dead_groups/{rule}": float(np.mean(values)) for rule, values in dead.items()
+            f"dead_groups/{rule}": float(np.mean(values)) for rule, values in by_rule.items() if rule != NO_RULE
         }
 
     def _with_exact_label(self, branch: Branch, judgment: Judgment) -> Branch:
@@ -222,14 +243,36 @@ class RolloutSource:
                 metrics[f"rewards/{name}"] = np.nanmean(values)
         return {name: float(value) for name, value in metrics.items()}
 
+    def _reference(self, batch: Batch) -> np.ndarray:
+        """Of this process's rows."""
+        if self._share[1] == 1:
+            return np.asarray(self._score(self.reference, batch))
+        index, rows = self._share[0], len(batch["tokens"])
+        whole = distributed.fetch(self._score(self.reference, distributed.place_batch(batch, self.mesh)))
+        return whole[index * rows : (index + 1) * rows]
+
     def _reference_logprobs(self, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:
         decoder = Decoder(self.config, parameters, dtype=self.dtype)
         return outputs(decoder, batch, self.format.label_ids).logprob_BM
 
 
-def repeat_updates(
-    source: RolloutSource, updates: int
-) -> Callable[[TrainState, int], tuple[Batch, dict[str, float]]]:
+def rollout_row_shape(tokens: int, targets: int, group: int, grades: int) -> RowShape:
+    """The row that holds `tokens`, in steps of 64, of a prompt with its group of answers, or of expert answers."""
+    return RowShape(
+        tokens=-(-tokens // 64) * 64,
+        targets=targets,
+        labels=max(8, group),
+        token_values=(*SFT_VALUES, *TOKEN_VALUES),
+        label_values=(
+            ("label_unit", ()),
+            ("label_gold", (grades,)),
+            ("exact_unit", ()),
+            ("label_reward", (grades,)),
+        ),
+    )
+
+
+def repeat_updates(source: RolloutSource, updates: int) -> Callable[[TrainState, int], tuple[Batch, dict[str, float]]]:
     """Draw rollouts every `updates` steps and train on them that often; from the second on, clipping matters."""
     held: dict[int, tuple[Batch, dict[str, float]]] = {}
 

@@ -25,6 +25,7 @@ class Query:
     query_id: str
     text: str
     context: str = ""  # what the searcher did before, for example the video just watched
+    instruction: Instruction | None = None  # what the judge is told, where it is not what all other judges are told
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Explanation:
     """A checkable reason for a grade: `need[i]` is a hard constraint, `facts[i]` what the document says of it,
     `verdicts[i]` whether that meets it; `rule` is the number of the rule that decided.
 
-    Constraints and facts are short phrases without newline or ';' (they are written as lists).
+    Constraints and facts are short phrases without newline, ';' or '|' (they are written in a list).
     """
 
     need: tuple[str, ...]
@@ -55,13 +56,17 @@ class Explanation:
                 f"{len(self.facts)} facts, {len(self.verdicts)} verdicts"
             )
         for phrase in (*self.need, *self.facts):
-            if not phrase or "\n" in phrase or ";" in phrase:
-                raise ValueError(f"a constraint or fact is a non-empty phrase without newline or ';'; got {phrase!r}")
+            if not phrase or not {"\n", ";", "|"}.isdisjoint(phrase):
+                raise ValueError(f"a constraint or fact is a phrase without newline, ';' or '|'; got {phrase!r}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judgment:
-    """One judged pair: `grade` indexes `Scale.labels`, `rules` are all that justify it, the deciding rule first."""
+    """One judged pair: `grade` indexes `Scale.labels`, `rules` are all that justify it, the deciding rule first.
+
+    `evidence` tells, where it is known, what each field of the document says on the query: None where nothing is asked.
+    It is never written in an answer; training may ask the model for it at the field's end.
+    """
 
     query: Query
     document: Document
@@ -69,6 +74,7 @@ class Judgment:
     explanation: Explanation | None = None
     rules: tuple[int, ...] = ()
     weight: float = 1.0
+    evidence: Mapping[str, Match | None] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,9 +83,13 @@ class DomainText:
 
     Only learned pieces are predicted. What follows from the text before it is worth predicting ("in spanish?" after a
     card that says so); the card itself is random, and predicting it would bury the one gradient under the other.
+
+    Of a text with `asides`, all learned pieces but the last are such: of each, the first token is predicted where it
+    stands, and the text goes on as if it was not there.
     """
 
     pieces: tuple[str, ...]
+    asides: bool = False
 
     @property
     def text(self) -> str:

@@ -8,7 +8,8 @@
 
 A row in has `query`, optionally `context`, and the document: `title` and/or `text`, or `document`, a text or an object
 {title, text, further fields}. Any other field, ids first of all, is carried to the row out. The input may also be
-.jsonl.gz, .parquet or .csv. Every row is checked before the model is loaded.
+.jsonl.gz, .parquet or .csv; an OUTPUT that ends in .parquet becomes Parquet, any other JSON lines. A row that is no
+pair is left out; OUTPUT.bad.jsonl holds it, and why.
 
 A row out has
   grade                the decided label of the scale
@@ -22,110 +23,188 @@ With --include_prompt_ids also what anybody needs to check `probabilities` with 
   prompt_ids           the exact tokens scored; the next token is the grade
   label_token_ids      the token of each label
 
+With --explain=0.01 one row in a hundred also has
+  explanation          the grade and the reasoning after it, as the model writes it; the verdict at its end is the grade
+
 Any Hugging Face causal model works, zero-shot with a default task and scale (0 irrelevant .. 3 perfectly relevant):
 
-  python -m afrl_jax.score --model=Qwen/Qwen3-0.6B --input=pairs.parquet --output=scores.jsonl
+  python -m afrl_jax.score --model=Qwen/Qwen3-0.6B --input=pairs.parquet --output=scores.parquet
   python -m afrl_jax.score --model=smollm2.gguf --input=pairs.jsonl --output=scores.jsonl \\
       --labels="1=irrelevant,2=partly relevant,3=relevant" --task="Judge how well the product answers the query."
 
-The output appears under its name when it is complete; until then it is OUTPUT.partial.
+Killed at any moment, the same command goes on where it was: no row is lost, none is written twice. The output appears
+under its name when it is complete; until then it is OUTPUT.partial.
+
+The devices of a machine share the work: by default each has the whole model and some of the pairs, with --mesh=fsdp=-1
+a part of the model. So do the processes of a job (`sharding.distributed`: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+JAX_PROCESS_ID): process 2 of 8 scores its eighth of the rows, on its own devices, and writes scores.2-of-8.jsonl; one
+behind the other these are the rows in order.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import dataclasses
 import itertools
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afrl_jax.command_line import make_parser, parse, told_plainly, zero_shot_instruction
 
 if TYPE_CHECKING:
-    from afrl_jax.data.readers import Pair
+    from afrl_jax.data.readers import BadRow, Pair
     from afrl_jax.scoring import RelevanceModel
 
-CHUNK = 512  # pairs in memory at a time
+CHUNK = 512  # rows in memory at a time; what a kill can cost
 OUTPUTS = ("grade", "expected_grade", "probabilities", "calibrated_probabilities")
 PROMPT_OUTPUTS = ("prompt_ids", "label_token_ids")
+EXPLANATION = "explanation"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read arguments, check the input, score it."""
-    parser = make_parser("afrl_jax.score", __doc__)
-    parser.add_argument("--input", required=True, type=Path, help="the pairs: .jsonl, .jsonl.gz, .parquet or .csv")
-    parser.add_argument("--output", required=True, type=Path, help="where the scores go, JSON lines")
-    parser.add_argument("--include_prompt_ids", action="store_true", help="write the tokens that were scored as well")
-    args = parse(parser, arguments)
+    args = parse(parser := make_arguments(), arguments)
     # Imported here, so that --help and a mistyped argument answer at once.
+    import jax
+
     from afrl_jax.data.readers import read_pairs
+    from afrl_jax.resumable_rows import ResumableRows
     from afrl_jax.scoring import RelevanceModel
     from lm_jax import run_log
+    from sharding import distributed
+    from sharding.mesh import make_mesh
 
-    partial = args.output.with_name(args.output.name + ".partial")
     with told_plainly(parser):
+        distributed.start()
+        part, parts = jax.process_index(), jax.process_count()
         instruction = zero_shot_instruction(args.labels, args.task)
-        count = check_pairs(read_pairs(args.input), args.input, args.include_prompt_ids)
+        if not 0 <= args.explain <= 1:
+            raise ValueError(f"--explain: a share of the rows, 0 to 1; got {args.explain:g}")
+        count = check_rows(args.input, written(args))
         if args.output.is_dir() or (args.output.exists() and args.output.samefile(args.input)):
             raise ValueError(f"--output: {args.output} is a folder or the input itself")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        model = RelevanceModel.load(args.model, instruction=instruction, dtype=args.dtype)
-    chunks = run_log.progress(
-        score_chunks(model, read_pairs(args.input), args.include_prompt_ids), "scoring", -(-count // CHUNK)
-    )
-    with partial.open("w", encoding="utf-8") as file:
-        for rows in chunks:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(args.output)
-    run_log.say(f"{count:,} pairs scored: {args.output}")
+        devices = jax.local_devices()
+        mesh = make_mesh(args.mesh, devices) if len(devices) > 1 else None
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        with told_plainly(parser):
+            model = RelevanceModel.load(args.model, instruction=instruction, dtype=args.dtype, mesh=mesh)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            output = part_name(args.output, part, parts)
+            out = ResumableRows(output, identity(args, model) | {"part": [part, parts]})
+        start, stop = count * part // parts, count * (part + 1) // parts
+        done = out.rows + out.bad_rows
+        rows = itertools.islice(enumerate(read_pairs(args.input)), start + done, stop)
+        total = -(-(stop - start) // CHUNK)
+        for chunk in run_log.progress(chunks(rows), "scoring", total, start=done // CHUNK):
+            out.append(*score_chunk(model, chunk, args.include_prompt_ids, args.explain))
+        out.finish()
+    run_log.say(f"{out.rows:,} pairs scored: {output}")
+    if out.bad_rows:
+        run_log.say(f"{out.bad_rows:,} rows are no pairs; they are, each with its reason, in {out.bad}")
 
 
-def check_pairs(pairs: Iterable[Pair], source: Path, include_prompt_ids: bool) -> int:
-    """How many pairs there are.
+def make_arguments() -> argparse.ArgumentParser:
+    """The arguments: the model's, and what comes in and goes out."""
+    parser = make_parser("afrl_jax.score", __doc__)
+    parser.add_argument("--input", required=True, type=Path, help="the pairs: .jsonl, .jsonl.gz, .parquet or .csv")
+    parser.add_argument("--output", required=True, type=Path, help="where the scores go: .jsonl or .parquet")
+    parser.add_argument("--include_prompt_ids", action="store_true", help="write the tokens that were scored as well")
+    parser.add_argument("--explain", type=float, default=0.0, help="the share of rows to explain, 0 to 1 (%(default)s)")
+    parser.add_argument("--mesh", default="data=-1", help="how the devices of a process share the work (%(default)s)")
+    return parser
+
+
+def written(args: argparse.Namespace) -> set[str]:
+    """The names of the fields that rows out get."""
+    prompts = PROMPT_OUTPUTS if args.include_prompt_ids else ()
+    return {*OUTPUTS, *prompts, *([EXPLANATION] if args.explain else [])}
+
+
+def identity(args: argparse.Namespace, model: RelevanceModel) -> dict[str, Any]:
+    """What makes a job this job: only the same one may go on where it was."""
+    stat = args.input.stat()
+    options = {name: getattr(args, name) for name in ("labels", "task", "dtype", "include_prompt_ids", "explain")}
+    source = {"input": str(args.input), "input_bytes": stat.st_size, "input_changed": stat.st_mtime}
+    return source | {"model": args.model, "model_version": model.version} | options
+
+
+def part_name(output: Path, part: int, parts: int) -> Path:
+    """Where one of several processes writes."""
+    return output if parts == 1 else output.with_name(f"{output.stem}.{part}-of-{parts}{output.suffix}")
+
+
+def check_rows(source: Path, written: set[str]) -> int:
+    """How many rows there are, bad ones counted.
 
     Raises:
-        DataError: a row is bad.
+        DataError: none of them is a pair, or the file cannot be read.
         ValueError: a field that would be carried bears the name of one that is written.
     """
-    written = {*OUTPUTS, *(PROMPT_OUTPUTS if include_prompt_ids else ())}
-    count, taken = 0, set()
-    for pair in pairs:
-        count += 1
-        taken |= written & pair.carried.keys()
+    from afrl_jax.data.readers import BadRow, read_pairs
+    from afrl_jax.data.tables import DataError
+
+    reasons: list[str] = []
+    pairs, bad, taken = 0, 0, set()
+    for row in read_pairs(source):
+        if isinstance(row, BadRow):
+            bad += 1
+            reasons = [*reasons, row.reason][:20]
+        else:
+            pairs += 1
+            taken |= written & row.carried.keys()
+    if not pairs:
+        raise DataError(reasons, bad)
     if taken:
         names = ", ".join(sorted(taken))
         raise ValueError(f"{source}: the output writes {names} itself; rename or drop these fields of the input")
-    return count
+    return pairs + bad
 
 
-def score_chunks(
-    model: RelevanceModel, pairs: Iterable[Pair], include_prompt_ids: bool
-) -> Iterator[list[dict[str, Any]]]:
-    """The rows out, `CHUNK` at a time, in the order of the pairs."""
+def chunks(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """`CHUNK` rows at a time."""
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        yield chunk
+
+
+def score_chunk(
+    model: RelevanceModel, chunk: Sequence[tuple[int, Pair | BadRow]], include_prompt_ids: bool, explain: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows out of pairs in their order, and the bad rows.
+
+    `explain` of all rows are explained, evenly spread over the file, whatever is scored with what.
+    """
     import numpy as np
 
     from afrl_jax.calibration import Calibration
+    from afrl_jax.data.readers import BadRow
 
-    labels = model.format.labels
-    values, raw = np.array(label_values(labels)), Calibration.identity(len(labels))
-    pairs = iter(pairs)
-    while chunk := list(itertools.islice(pairs, CHUNK)):
-        asked = [(pair.query, pair.document) for pair in chunk]
-        logprobs = model.label_logprobs(asked)
-        own, calibrated = raw.apply(logprobs), model.calibration.apply(logprobs)
-        grades = [labels[grade] for grade in model.grades(calibrated)]
-        written = zip(grades, (calibrated @ values).tolist(), own.tolist(), calibrated.tolist(), strict=True)
-        rows = [
-            {**pair.carried, **dict(zip(OUTPUTS, row, strict=True))} for pair, row in zip(chunk, written, strict=True)
-        ]
-        if include_prompt_ids:
-            for row, prompt in zip(rows, model.format.encode_prompts(asked), strict=True):
-                row |= dict(zip(PROMPT_OUTPUTS, (prompt.tokens.tolist(), list(model.format.label_ids)), strict=True))
-        yield rows
+    bad = [dataclasses.asdict(row) for _, row in chunk if isinstance(row, BadRow)]
+    numbered = [(number, row) for number, row in chunk if not isinstance(row, BadRow)]
+    labels, pairs = model.format.labels, [pair for _, pair in numbered]
+    asked = [(pair.query, pair.document) for pair in pairs]
+    logprobs = model.label_logprobs(asked)
+    own, calibrated = Calibration.identity(len(labels)).apply(logprobs), model.calibration.apply(logprobs)
+    grades = model.grades(calibrated)
+    values = (
+        [labels[grade] for grade in grades],
+        (calibrated @ np.array(label_values(labels))).tolist(),
+        own.tolist(),
+        calibrated.tolist(),
+    )
+    rows = [
+        {**pair.carried, **dict(zip(OUTPUTS, row, strict=True))}
+        for pair, row in zip(pairs, zip(*values, strict=True), strict=True)
+    ]
+    if include_prompt_ids:
+        for row, prompt in zip(rows, model.format.encode_prompts(asked), strict=True):
+            row |= dict(zip(PROMPT_OUTPUTS, (prompt.tokens.tolist(), list(model.format.label_ids)), strict=True))
+    chosen = [place for place, (n, _) in enumerate(numbered) if int((n + 1) * explain) > int(n * explain)]
+    answers = model.answers([asked[place] for place in chosen], grades=[int(grades[place]) for place in chosen])
+    for place, answer in zip(chosen, answers, strict=True):
+        rows[place][EXPLANATION] = answer
+    return rows, bad
 
 
 def label_values(labels: Sequence[str]) -> list[float]:

@@ -6,19 +6,21 @@ too, whose `kind` decides which of the stage dataclasses below reads it. A stage
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import difflib
-import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from afrl_jax.answer_format import SEGMENTS
+from afrl_jax.curriculum import CONTROLS, shuffled_mixture
+from afrl_jax.instructions.run import PROPOSERS, EvolutionSettings
 from afrl_jax.rollouts import RolloutSettings
 from afrl_jax.schema import Instruction, Rule, Scale
 from afrl_jax.stepwise_grpo import LAMBDA_ARMS
+from kernels import implementation
 from lm_jax.decoder import REMAT
+from lm_jax.lora import TARGETS as LORA_TARGETS
 from lm_jax.optimizer import OPTIMIZERS, SCHEDULES
+from lm_jax.typed_config import at_least, one_of, read_fields, refuse_unknown, typed_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Stage:
     branches_together: int = 4  # documents of a query that share one copy of instruction and query in a row
     micro_batches: int = 1
     optimizer: str = "adamw"  # or "muon", for models from scratch
+    optimizer_dtype: str = "float32"  # of the moments between steps; "bfloat16" halves them
+    lora_rank: int = 0  # above 0 only adapters of this rank are trained (`lm_jax.lora`), merged when the stage ends
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps
@@ -96,7 +101,19 @@ class DistillStage(Stage):
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kl_share: float = 0.5  # a
     temperature: float = 2.0  # tau
+    beta: float = 0.0  # of the divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them JSD
     explanation_weight: float = 0.3  # b
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolveStage(EvolutionSettings):
+    """Instruction evolution (`afrl_jax.instructions.run`), after all training: `model` is the judge, and must have been
+    trained to read instructions or be pretrained. The other fields name data sets; `test` may stay empty."""
+
+    model: str = "teacher"
+    dev_new: str = ""
+    dev_replay: str = ""
+    test: str = ""
 
 
 STAGES: dict[str, type[Stage]] = {"text": TextStage, "sft": SFTStage, "rl": RLStage, "distill": DistillStage}
@@ -128,6 +145,8 @@ class Settings:
     stage_names: tuple[str, ...]
     instruction: Instruction | None
     evaluation: EvaluationSettings
+    evolve: EvolveStage | None = None
+    curriculum: str = "ordered"  # or a control: shuffled, last
     title: str = ""
     data_root: str = ""  # for configs whose paths refer to it: one override moves all data
     tokenizer: str = ""  # a source, or "train": byte-level BPE trained on the data
@@ -137,6 +156,7 @@ class Settings:
     dtype: str = "float32"
     remat: str = "none"
     mesh: str = ""
+    kernels: str = "auto"  # or the implementation that every kernel must run by, see kernels/implementation.py
 
     DTYPES: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
@@ -148,49 +168,74 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         ValueError: names the key and what would be right.
     """
     config = {"student": {}, "evaluation": {}, **config}
-    names = _typed(config.pop("stages", ()), tuple[str, ...], "stages")
+    names = typed_value(config.pop("stages", ()), tuple[str, ...], "stages")
     instruction = _instruction(config.pop("instruction", None))
+    evolve = config.pop("evolve", None)
+    if evolve is not None:
+        evolve = read_fields(EvolveStage, typed_value(evolve, Mapping[str, Any], "evolve"), "evolve.")
     if not names:
         raise ValueError("stages is empty: it names the training stages in order")
     if len(set(names)) < len(names) or not {field.name for field in dataclasses.fields(Settings)}.isdisjoint(names):
         raise ValueError(f"stages {', '.join(names)}: a name must be given once and not be a key with another meaning")
     spare = [name for name, value in config.items() if isinstance(value, Mapping) and "kind" in value]
     keys = {field.name for field in dataclasses.fields(Settings)} - {"stage_names"}
-    _refuse_unknown(config, {*keys, *names, *spare}, "")
+    refuse_unknown(config, {*keys, *names, *spare}, "")
     stages = {}
     for name in dict.fromkeys((*names, *spare)):
         if name not in config:
             raise ValueError(f"stages names {name!r}, but the config has no key {name!r}")
-        values = _typed(config.pop(name), Mapping[str, Any], name)
-        _one_of(f"{name}.kind", values.get("kind"), STAGES)
-        stages[name] = _read(STAGES[values["kind"]], values, f"{name}.")
-    used = tuple(stages[name] for name in names)
-    settings = _read(Settings, config, "", stages=used, stage_names=names, instruction=instruction)
+        values = typed_value(config.pop(name), Mapping[str, Any], name)
+        one_of(f"{name}.kind", values.get("kind"), STAGES)
+        stages[name] = read_fields(STAGES[values["kind"]], values, f"{name}.")
+    one_of("curriculum", control := config.get("curriculum", "ordered"), CONTROLS)
+    used = controlled(tuple(stages[name] for name in names), control)
+    given = {"stages": used, "stage_names": names, "instruction": instruction, "evolve": evolve}
+    settings = read_fields(Settings, config, "", **given)
+    if evolve is not None:
+        _check_evolve(evolve, settings)
     _check_models(settings)
     for name, stage in zip(names, settings.stages, strict=True):
         _check_stage(name, stage, settings)
     return settings
 
 
-def _one_of(key: str, value: Any, allowed: typing.Collection[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}: {value!r} is unknown; it is one of {', '.join(allowed)}")
+def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
+    """The stages of a control, each with its own steps, rows and so tokens.
 
+    "shuffled" gives every supervised stage of the teacher the mixture of all of them; "last" gives it the mixture of
+    the last one, and every RL stage the prompts, experts and rollouts of the last one: the natural mix from the start.
+    """
+    supervised = [s for s in stages if s.model == "teacher" and isinstance(s, TextStage | SFTStage)]
+    reinforced = [s for s in stages if isinstance(s, RLStage)]
+    if control == "ordered" or not supervised:
+        return stages
+    mixtures = [s.mixture if isinstance(s, SFTStage) else {s.texts: 1.0} for s in supervised]
+    tokens = [s.steps * s.rows * s.row_tokens for s in supervised]
+    mixture = shuffled_mixture(mixtures, tokens) if control == "shuffled" else mixtures[-1]
 
-def _at_least(least: int, prefix: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        if getattr(values, key) < least:
-            raise ValueError(f"{prefix}{key}: {getattr(values, key)} must be at least {least}")
+    def changed(stage: Stage) -> Stage:
+        if any(stage is one for one in supervised):
+            fields = {field.name: getattr(stage, field.name) for field in dataclasses.fields(Stage)}
+            weights = ("label_weight", "explanation_weight", "ordinal_weight")
+            loss = {key: getattr(supervised[-1], key) for key in weights if hasattr(supervised[-1], key)}
+            return SFTStage(**{**fields, "kind": "sft"}, mixture=mixture, **loss)
+        if control == "last" and isinstance(stage, RLStage):
+            kept = ("prompts_from", "experts_from", "rollouts")
+            return dataclasses.replace(stage, **{key: getattr(reinforced[-1], key) for key in kept})
+        return stage
+
+    return tuple(map(changed, stages))
 
 
 def _check_models(settings: Settings) -> None:
-    _one_of("dtype", settings.dtype, Settings.DTYPES)
-    _one_of("remat", settings.remat, REMAT)
+    one_of("dtype", settings.dtype, Settings.DTYPES)
+    one_of("remat", settings.remat, REMAT)
+    one_of("kernels", settings.kernels, ("auto", *implementation.NAMES))
     for key in ("test", "calibration"):
-        _one_of(f"evaluation.{key}", getattr(settings.evaluation, key), settings.data)
-    _at_least(0, "evaluation.", settings.evaluation, "explained_pairs")
-    _at_least(1, "evaluation.", settings.evaluation, "max_new_tokens", "resamples")
-    _at_least(1, "", settings, "max_document_tokens", "vocabulary")
+        _judged(f"evaluation.{key}", getattr(settings.evaluation, key), settings)
+    at_least(0, "evaluation.", settings.evaluation, "explained_pairs")
+    at_least(1, "evaluation.", settings.evaluation, "max_new_tokens", "resamples")
+    at_least(1, "", settings, "max_document_tokens", "vocabulary")
     trained = [stage.model for stage in settings.stages]
     for model in ("teacher", "student"):
         fields = dataclasses.asdict(getattr(settings, model))
@@ -211,11 +256,16 @@ def _check_models(settings: Settings) -> None:
 
 
 def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
-    _one_of(f"{name}.model", stage.model, ("teacher", "student"))
-    _one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
-    _one_of(f"{name}.optimizer", stage.optimizer, OPTIMIZERS)
+    one_of(f"{name}.model", stage.model, ("teacher", "student"))
+    one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
+    one_of(f"{name}.optimizer", stage.optimizer, OPTIMIZERS)
+    one_of(f"{name}.optimizer_dtype", stage.optimizer_dtype, Settings.DTYPES)
+    for target in stage.lora_targets:
+        one_of(f"{name}.lora_targets", target, LORA_TARGETS)
+    if stage.lora_rank and stage.optimizer == "muon":
+        raise ValueError(f"{name}: adapters (lora_rank) are trained with adamw; muon is for models from scratch")
     counts = ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every")
-    _at_least(1, f"{name}.", stage, *counts)
+    at_least(1, f"{name}.", stage, *counts)
     for key in ("learning_rate", "clip"):
         if getattr(stage, key) <= 0:
             raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")
@@ -241,17 +291,47 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
     if rows % stage.micro_batches:
         raise ValueError(f"{name}.{what} ({rows}) must be a multiple of {name}.micro_batches ({stage.micro_batches})")
     for key, source in used.items():
-        _one_of(f"{name}.{key}", source, settings.data)
+        if isinstance(stage, DistillStage):
+            one_of(f"{name}.{key}", source, settings.data)
+        else:
+            _judged(f"{name}.{key}", source, settings)
+    if isinstance(stage, DistillStage):
+        for key in ("kl_share", "beta"):
+            if not 0 <= getattr(stage, key) <= 1:
+                raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be between 0 and 1")
+        if stage.temperature <= 0:
+            raise ValueError(f"{name}.temperature: {stage.temperature} must be above 0")
+
+
+def _judged(key: str, source: str, settings: Settings) -> None:
+    """`key` names a data set whose pairs all have a grade."""
+    one_of(key, source, settings.data)
+    if settings.data[source].get("unjudged"):
+        raise ValueError(
+            f"{key}: data.{source} has unjudged pairs, whose grade only a teacher can tell: "
+            "they can stand in the mixture of a distill stage and nowhere else"
+        )
+
+
+def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
+    one_of("evolve.model", evolve.model, {stage.model for stage in settings.stages})
+    one_of("evolve.proposer", evolve.proposer, PROPOSERS)
+    for key in ("dev_new", "dev_replay", *(("test",) if evolve.test else ())):
+        _judged(f"evolve.{key}", getattr(evolve, key), settings)
+    at_least(1, "evolve.", evolve, "rounds", "clusters", "edits", "least_cluster", "most_words", "resamples")
+    at_least(0, "evolve.", evolve, "synthesize")
+    if evolve.synthesize and settings.instruction is not None:
+        raise ValueError("evolve.synthesize makes examples from the catalogue of clips; this config has other data")
 
 
 def _check_rollouts(name: str, stage: RLStage) -> None:
     rollouts = stage.rollouts
-    _one_of(f"{name}.arm", stage.arm, LAMBDA_ARMS)
-    _one_of(f"{name}.rollouts.label", rollouts.label, ("sampled", "exact"))
-    _at_least(1, f"{name}.", stage, "updates")
-    _at_least(1, f"{name}.rollouts.", rollouts, "prompts", "max_new_tokens")
-    _at_least(2, f"{name}.rollouts.", rollouts, "group")
-    _at_least(0, f"{name}.rollouts.", rollouts, "expert_rows")
+    one_of(f"{name}.arm", stage.arm, LAMBDA_ARMS)
+    one_of(f"{name}.rollouts.label", rollouts.label, ("sampled", "exact"))
+    at_least(1, f"{name}.", stage, "updates")
+    at_least(1, f"{name}.rollouts.", rollouts, "prompts", "pool", "max_new_tokens")
+    at_least(2, f"{name}.rollouts.", rollouts, "group")
+    at_least(0, f"{name}.rollouts.", rollouts, "expert_rows")
     if len(rollouts.weights) != len(SEGMENTS):
         raise ValueError(f"{name}.rollouts.weights: {rollouts.weights} must be one of each for {', '.join(SEGMENTS)}")
     if stage.save_every % stage.updates:
@@ -273,50 +353,10 @@ class _InstructionFields:
 def _instruction(values: Any) -> Instruction | None:
     if values is None:
         return None
-    fields = _typed(values, _InstructionFields, "instruction")
+    fields = typed_value(values, _InstructionFields, "instruction")
     scale = Scale(fields.labels, fields.meanings)
     for number, _, grades in fields.rules:
         if not set(grades) <= set(range(len(fields.labels))):
             raise ValueError(f"instruction.rules: rule {number} has grades {grades} of {len(fields.labels)} labels")
     rules = tuple(Rule(number, text, grades) for number, text, grades in fields.rules)
     return Instruction(fields.task, scale, rules)
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: typing.Collection[str], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
-            raise ValueError(f"unknown config key {prefix}{key}{hint}")
-
-
-def _read(cls: type, values: Mapping[str, Any], prefix: str, **given: Any) -> Any:
-    """A dataclass from a mapping and fields read already: unknown and missing keys are named, types are checked."""
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
-    _refuse_unknown(values, fields, prefix)
-    for key, field in fields.items():
-        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"the config has no key {prefix}{key}")
-    return cls(**given, **{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type of a field: ints are taken for floats, lists for tuples, mappings for dataclasses."""
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return _read(hint, _typed(value, Mapping[str, Any], key), f"{key}.")
-    if origin is float and type(value) is int:
-        return float(value)
-    if origin is tuple and isinstance(value, list | tuple):
-        each = inner[:1] * len(value) if inner[1:] == (...,) else inner
-        if len(each) == len(value):
-            return tuple(_typed(item, of, f"{key}[{i}]") for i, (item, of) in enumerate(zip(value, each, strict=True)))
-    elif origin is collections.abc.Mapping and isinstance(value, Mapping):
-        return {name: _typed(item, inner[1], f"{key}.{name}") for name, item in value.items()}
-    elif isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
-        return value
-    expected = str(hint).replace("typing.", "") if inner else hint.__name__
-    raise ValueError(f"{key}: {value!r} is a {type(value).__name__}, expected {expected}")

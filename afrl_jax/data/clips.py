@@ -63,7 +63,7 @@ import numpy as np
 from afrl_jax.data.clips_catalogue import SERIES, TOPICS, Clip, catalogue, render_document
 from afrl_jax.data.clips_near_misses import build_clip, has_room
 from afrl_jax.data.clips_queries import SPLITS, render_query, split_intent
-from afrl_jax.data.clips_rules import NATURAL_WEIGHT, NEEDED_ATTRIBUTES, RULES, Decision, Intent, judge
+from afrl_jax.data.clips_rules import NATURAL_WEIGHT, NEEDED_ATTRIBUTES, RULES, Decision, Intent, evidence, judge
 from afrl_jax.data.clips_texts import domain_texts
 from afrl_jax.schema import Explanation, Instruction, Judgment, Query, Scale
 
@@ -72,8 +72,8 @@ _HEAD_RULES = frozenset(rule.number for rule in RULES if rule.text in (
     "another series than the one named", "a topic of another category", "another topic of the same category"
 ) or rule.grades == (3,))  # fmt: skip
 __all__ = [
-    "catalogue", "domain_texts", "instruction", "is_held_out", "judge", "judgments", "query_case", "query_group",
-    "render_document", "render_query",
+    "catalogue", "domain_texts", "instruction", "is_held_out", "judge", "judged", "judgments", "query_case",
+    "query_group", "render_document", "render_query",
 ]  # fmt: skip
 _ENTITIES = frozenset((*TOPICS, *SERIES))
 _ATTEMPTS = 100  # to find an intent that a rule can decide
@@ -172,17 +172,19 @@ def query_group(
         seed, split, index, documents_per_query, difficulty=difficulty, rule_balance=rule_balance
     )
     query = Query(f"{split}-{seed}-{index}", text)
-    need = tuple(constraint.need for constraint in intent.constraints)
     return [
-        Judgment(
-            query=query,
-            document=render_document(clip, f"{query.query_id}-{place}"),
-            grade=decision.grade,
-            explanation=Explanation(need, decision.facts, decision.verdicts, decision.rule),
-            rules=decision.agreeing,
-        )
+        judged(query, intent, clip, decision, f"{query.query_id}-{place}")
         for place, (clip, decision) in enumerate(pairs)
     ]
+
+
+def judged(query: Query, intent: Intent, clip: Clip, decision: Decision, doc_id: str) -> Judgment:
+    """The judgment of a clip that was decided on, explained."""
+    need = tuple(constraint.need for constraint in intent.constraints)
+    explanation = Explanation(need, decision.facts, decision.verdicts, decision.rule)
+    document = render_document(clip, doc_id)
+    said = evidence(intent.constraints, decision.verdicts, document.fields)
+    return Judgment(query, document, decision.grade, explanation, decision.agreeing, evidence=said)
 
 
 def judgments(

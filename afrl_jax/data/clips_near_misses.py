@@ -29,6 +29,7 @@ from afrl_jax.data.clips_catalogue import (
     random_clip,
 )
 from afrl_jax.data.clips_rules import GRADE_OF_RULE, NEEDED_ATTRIBUTES, Constraint, Intent, judge, length_bounds
+from afrl_jax.schema import Match
 
 _FIELD = {  # the clip field that a constraint speaks of, where not stating it leaves the constraint unknown
     "season": "season", "episode": "episode", "creator": "creator", "language": "language", "not language": "language",
@@ -247,4 +248,21 @@ def build_clip(rng: np.random.Generator, intent: Intent, rule: int, difficulty: 
         clip = _attempt(rng, intent, rule, difficulty if attempt < 5 else 0.0)
         if judge(intent, clip).rule == rule:
             return clip
+    return None
+
+
+def flip_one(rng: np.random.Generator, intent: Intent, clip: Clip) -> Clip | None:
+    """The clip with one constraint flipped, met to violated or violated to met, such that the verdicts of all others
+    stay and the deciding rule becomes another; None where ten attempts find none."""
+    before = judge(intent, clip)
+    for _ in range(10):
+        place = int(rng.random() * len(intent.constraints))
+        constraint, verdict = intent.constraints[place], before.verdicts[place]
+        change = _miss if verdict is Match.MET else _meet
+        flipped = dataclasses.replace(clip, **change(rng, clip, constraint))
+        flipped = dataclasses.replace(flipped, title=make_title(rng, flipped.topic, flipped.kind, flipped.series))
+        after = judge(intent, flipped)
+        others = all(a == b for i, (a, b) in enumerate(zip(before.verdicts, after.verdicts, strict=True)) if i != place)
+        if others and after.verdicts[place] != verdict and after.rule != before.rule:
+            return flipped
     return None

@@ -8,7 +8,7 @@ case whose rules ask for different grades is a conflict.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from afrl_jax.data.clips_catalogue import CATEGORY_OF_TOPIC, DERIVED_KINDS, LATEST_YEAR, LEVELS, Clip
 from afrl_jax.schema import Match, Rule
@@ -35,6 +35,12 @@ _NEED = {  # how an explanation names a constraint
     "year": "year {}",
 }
 ATTRIBUTES: tuple[str, ...] = tuple(_NEED)
+FIELD_OF_ATTRIBUTE = {  # of a rendered clip
+    "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
+    "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
+    "not language": "language", "level": "level", "length": "minutes", "feature": "has", "not feature": "has",
+    "audience": "for", "recency": "year", "year": "year",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +110,18 @@ def length_bounds(value: str) -> tuple[int, int]:
     """(least, most) minutes that meet a length such as "under 5" (at most 4) or "over 20" (at least 21)."""
     direction, minutes = value.split()
     return (0, int(minutes) - 1) if direction == "under" else (int(minutes) + 1, 10**6)
+
+
+def evidence(
+    constraints: Sequence[Constraint], verdicts: Sequence[Match], fields: Iterable[str]
+) -> dict[str, Match | None]:
+    """What each field of a rendered clip says on the constraints: None where none of them asks for it."""
+    said: dict[str, Match | None] = dict.fromkeys(fields)
+    for constraint, verdict in zip(constraints, verdicts, strict=True):
+        field = FIELD_OF_ATTRIBUTE[constraint.attribute]
+        if field in said and said[field] is not Match.VIOLATED:
+            said[field] = verdict
+    return said
 
 
 def _stated(met: bool, fact: str) -> tuple[str, Match]:

@@ -1,31 +1,38 @@
 """Domain text of the built-in world, for the language-modelling stage that teaches a small model to match.
 
-Three forms, all dense in what a model can check: prompts in small, a few words of a query before a few fields of a
-clip, with the verdicts at once, as in an answer-first prompt; a whole clip followed by single checks with their
-answers; and queries followed by what they need. All use the words of queries and of explanations alike.
+A text is a prompt in small, dense in what a model can check: a query of a few words that asks for several things, the
+fields of a clip that it asks for and at most two others, then the grade and, in some, the explanation. The end of each
+field's line is asked for that field's verdict as an aside, which the text never shows: so the state that passes the
+field on knows it.
+
+Comparing is what a small model finds last; nearly everything else is learned in some hundred steps. What taught it
+here, on 16 rows of 128 tokens a step with Muon, one run each, by the mean probability of the right verdict, met /
+violated, on new prompts of up to four constraints and all kinds of unasked fields:
+
+    2.2M parameters, 500 steps, texts with up to 9 unasked fields          .81 / .73
+    0.9M parameters, 450 steps, at most two unasked fields                 .86 / .82
+    the same, 700 steps                                                    .93 / .88
+
+The two differ in how many of a text's tokens teach a comparison. Then, in the quickstart of 1.2M parameters, one run
+each: 700 steps of texts and 1,200 of SFT gave macro-F1 .78 where keys and embeddings start as in `lm_jax.parameters`
+(600 and 1,400 steps without that: .56). Explanations in three texts of ten, at a quarter of the weight, together with
+an answer format that goes check by check, took that to .86, and the share of well-formed answers from .72 to .99.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
+from afrl_jax.answer_format import EVIDENCE, Template, render_explanation
 from afrl_jax.data.clips_catalogue import Clip, pick, random_clip, render_document
-from afrl_jax.data.clips_queries import SPLITS, misspell_one, phrases, render_query, split_intent, values
-from afrl_jax.data.clips_rules import ATTRIBUTES, Constraint, check
-from afrl_jax.schema import DomainText, Match
+from afrl_jax.data.clips_queries import SPLITS, misspell_one, phrases, values
+from afrl_jax.data.clips_rules import ATTRIBUTES, Constraint, Intent, check, evidence, judge
+from afrl_jax.schema import DomainText, Explanation, Match
 
-_CHECKS_PER_TEXT = 9
-_QUERIES_PER_TEXT = 5
-_MATCHES_PER_TEXT = 4
-_FIELD_OF_ATTRIBUTE = {
-    "topic": "topic", "category": "topic", "not topic": "topic", "series": "series", "season": "season",
-    "episode": "episode", "creator": "by", "kind": "kind", "not kind": "kind", "language": "language",
-    "not language": "language", "level": "level", "length": "minutes", "feature": "has", "not feature": "has",
-    "audience": "for", "recency": "year", "year": "year",
-}  # fmt: skip
+_UNASKED = 2  # fields at most
+_EXPLAINED = 0.3  # of the texts
 
 
 def _some_constraint(rng: np.random.Generator, clip: Clip, attribute: str) -> Constraint:
@@ -51,58 +58,45 @@ def _attributes(rng: np.random.Generator, clip: Clip, count: int) -> list[str]:
     return chosen if "topic" in chosen or rng.random() < 0.7 else ["topic", *chosen[1:]]
 
 
-def _matches(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Prompts in small: one or two constraints, a few fields of a clip, the verdicts and then the facts behind them."""
-    for _ in range(_MATCHES_PER_TEXT):
-        clip = random_clip(rng)
-        names = _attributes(rng, clip, 1 if rng.random() < 0.6 else 2)
-        constraints = [_some_constraint(rng, clip, name) for name in names]
-        document = render_document(clip)
-        fields = document.fields
-        shown = {_FIELD_OF_ATTRIBUTE[name] for name in names} | {pick(rng, tuple(fields)) for _ in range(2)}
-        found = [check(constraint, clip) for constraint in constraints]
-        lines = [
-            f"Query: {' '.join(_wording(rng, constraint) for constraint in constraints)}",
-            f"Document: {document.title}",
-            *(f"{name}: {value}" for name, value in fields.items() if name in shown),
-            "Match:",
-        ]
-        yield "\n".join(lines), f" {'; '.join(verdict for _, verdict in found)}"
-        yield "\nDoc:", f" {'; '.join(fact for fact, _ in found)}\n"
-
-
-def _checks(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """A clip, and what it says of several constraints asked for one by one."""
+def _pieces(rng: np.random.Generator, size: int) -> Iterator[str]:
     clip = random_clip(rng)
-    document = render_document(clip)
-    given = "\n".join([f"Document: {document.title}", *(f"{name}: {v}" for name, v in document.fields.items()), ""])
-    for name in _attributes(rng, clip, _CHECKS_PER_TEXT):
-        constraint = _some_constraint(rng, clip, name)
-        fact, verdict = check(constraint, clip)
-        yield f"{given}{_wording(rng, constraint)}?", f" {fact}, {verdict}\n"
-        given = ""
+    constraints = [_some_constraint(rng, clip, name) for name in _attributes(rng, clip, 1 + int(rng.random() * size))]
+    intent = Intent(tuple(sorted(constraints, key=lambda constraint: ATTRIBUTES.index(constraint.attribute))))
+    decision = judge(intent, clip)
+    document, template = render_document(clip), Template()
+    said = evidence(intent.constraints, decision.verdicts, document.fields)
+    unasked = [name for name, found in said.items() if found is None]
+    shown = rng.permutation(unasked)[: int(rng.random() * (_UNASKED + 1))]
+    given = f"Query: {' '.join(_wording(rng, constraint) for constraint in constraints)}{template.document}"
+    if rng.random() < 0.3:
+        given += f"{document.title}\n"
+    for field, value in document.fields.items():
+        if said[field] is not None or field in shown:
+            yield f"{given}{field}: {value}"
+            yield EVIDENCE[said[field]]
+            given = "\n"
+    yield f"{given.removesuffix(chr(10))}{template.slot}"
+    answer = str(decision.grade)
+    if rng.random() < _EXPLAINED:
+        need = tuple(constraint.need for constraint in intent.constraints)
+        explanation = Explanation(need, decision.facts, decision.verdicts, decision.rule)
+        answer += render_explanation(explanation, answer)
+    yield answer
 
 
-def _needs(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str]]:
-    """Several queries, each with its constraints."""
-    for _ in range(_QUERIES_PER_TEXT):
-        intent = split_intent(rng, split)
-        needs = "; ".join(constraint.need for constraint in intent.constraints)
-        yield f"Query: {render_query(intent, rng)}\nNeed:", f" {needs}\n"
+def domain_texts(seed: int, split: str, count: int, size: int = 4) -> Iterator[DomainText]:
+    """`count` texts of 10 to 100 words; text number i depends on the other arguments and i alone.
 
+    The verdict of each field (an aside), the grade and its explanation are learned, all else is given.
 
-def domain_texts(seed: int, split: str, count: int) -> Iterator[DomainText]:
-    """`count` texts of 60 to 110 words; text number i depends on (seed, split, i) alone.
-
-    Half are prompts in small, three in ten checks of a clip ("in spanish? english, violated"), the others queries with
-    what they need, drawn from the intents of the split. Verdicts, facts and needs are learned, all else is given.
+    Args:
+      size: how many constraints a query has at most.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
+    if size < 1:
+        raise ValueError(f"size is at least 1; got {size}")
     for index in range(count):
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
-        form = rng.random()
-        pairs = _matches(rng) if form < 0.5 else _checks(rng) if form < 0.8 else _needs(rng, split)
-        pieces = list(itertools.chain.from_iterable(pairs))
-        yield DomainText((*pieces[:-1], pieces[-1].rstrip("\n")))
+        yield DomainText(tuple(_pieces(rng, size)), asides=True)

@@ -19,8 +19,12 @@ def join(
     judgment_rows: Iterable[Row],
     grade_mapping: GradeMapping,
     problems: Problems,
+    unjudged: bool = False,
 ) -> list[Judgment]:
-    """The judgments in the order of their rows; raises `DataError` with all problems of the three tables."""
+    """The judgments in the order of their rows; raises `DataError` with all problems of the three tables.
+
+    Where `unjudged`, a row may lack its grade, and then has no reason for one either.
+    """
     queries = _by_id(query_rows, "query_id", _query, problems)
     documents = _by_id(document_rows, "doc_id", document_of, problems)
     if not queries or not documents:
@@ -28,7 +32,7 @@ def join(
     judgments = []
     for row in judgment_rows:
         with problems.catch():
-            judgments.append(_judgment(row, queries, documents, grade_mapping))
+            judgments.append(_judgment(row, queries, documents, grade_mapping, unjudged))
     problems.raise_if_any()
     return judgments
 
@@ -56,18 +60,25 @@ def document_of(row: Row) -> Document:
 
 
 def _judgment(
-    row: Row, queries: Mapping[str, Query], documents: Mapping[str, Document], grade_mapping: GradeMapping
+    row: Row,
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    grade_mapping: GradeMapping,
+    unjudged: bool,
 ) -> Judgment:
     query_id, doc_id = row.identifier("query_id"), row.identifier("doc_id")
     if query_id not in queries:
         raise row.error("query_id", f"{query_id!r} is not among the {len(queries)} queries")
     if doc_id not in documents:
         raise row.error("doc_id", f"{doc_id!r} is not among the {len(documents)} documents")
-    raw = row.value("grade")
+    raw = row.value("grade", None) if unjudged else row.value("grade")
     try:
-        grade = grade_mapping.index(raw)
+        grade = None if raw is None else grade_mapping.index(raw)
     except ValueError as error:
         raise row.error("grade", str(error)) from error
+    for reason in ("explanation", "rules"):
+        if grade is None and row.value(reason, None) is not None:
+            raise row.error(reason, "a pair without a grade has none")
     rules = row.value("rules", ())
     if not isinstance(rules, (list, tuple)) or not all(_is_whole(rule) for rule in rules):
         raise row.error("rules", f"must be a list of rule numbers, got {rules!r}")
@@ -104,7 +115,9 @@ def _is_whole(value: Any) -> bool:
 
 
 def query_row(query: Query) -> dict[str, Any]:
-    """The row of `queries` that reads back as this query."""
+    """The row of `queries` that reads back as this query; a query with an instruction of its own has none."""
+    if query.instruction:
+        raise ValueError(f"query {query.query_id!r}: a judgments folder holds no instructions, this query has its own")
     return {"query_id": query.query_id, "text": query.text} | ({"context": query.context} if query.context else {})
 
 
@@ -118,8 +131,9 @@ def judgment_row(judgment: Judgment, scale: Scale) -> dict[str, Any]:
     row = {
         "query_id": judgment.query.query_id,
         "doc_id": judgment.document.doc_id,
-        "grade": scale.labels[judgment.grade],
     }
+    if judgment.grade is not None:
+        row["grade"] = scale.labels[judgment.grade]
     if judgment.explanation:
         row["explanation"] = dataclasses.asdict(judgment.explanation)
     if judgment.rules:

@@ -24,7 +24,7 @@ from typing import Any
 
 from afrl_jax.data.grade_mapping import GradeMapping
 from afrl_jax.data.judgment_rows import document_of, document_row, join, judgment_row, query_row
-from afrl_jax.data.tables import DataError, Problems, Row, find_table, read_lines, read_rows
+from afrl_jax.data.tables import DataError, FileError, Problems, Row, find_table, read_lines, read_rows
 from afrl_jax.schema import Document, Judgment, Query, Scale
 
 
@@ -76,17 +76,20 @@ def count_repeated_pairs(judgments: Iterable[Judgment]) -> tuple[int, int]:
     return len(repeated), sum(len(set(pair)) > 1 for pair in repeated)
 
 
-def read_folder(path: str | Path, grade_mapping: GradeMapping, documents: str = "documents") -> list[Judgment]:
+def read_folder(
+    path: str | Path, grade_mapping: GradeMapping, documents: str = "documents", unjudged: bool = False
+) -> list[Judgment]:
     """Reads a folder with the tables `queries`, `documents` and `judgments` as .jsonl, .jsonl.gz or .parquet.
 
     `documents` is the name of that table without its suffix, where it is another. Fields of `judgments` beyond the
-    contract are ignored; those of `documents` become `Document.fields`.
+    contract are ignored; those of `documents` become `Document.fields`. Where `unjudged`, a row of `judgments` may lack
+    `grade`: the pair is read with the grade None, for distillation.
     """
     problems = Problems()
     tables = [find_table(Path(path), name, problems) for name in ("queries", documents, "judgments")]
     problems.raise_if_any()
     query_rows, document_rows, judgment_rows = (read_rows(table, problems) for table in tables)
-    return join(query_rows, document_rows, judgment_rows, grade_mapping, problems)
+    return join(query_rows, document_rows, judgment_rows, grade_mapping, problems, unjudged)
 
 
 def read_trec(
@@ -163,27 +166,50 @@ class Pair:
     carried: Mapping[str, Any]
 
 
-def read_pairs(path: str | Path) -> Iterator[Pair]:
-    """Streams the pairs of a .jsonl, .jsonl.gz, .parquet or .csv file, after checking every row of it.
+@dataclasses.dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is no pair: why, with file, line and field, and what it held where it could be read at all."""
+
+    reason: str
+    values: Mapping[str, Any] | None = None
+
+
+def read_pairs(path: str | Path) -> Iterator[Pair | BadRow]:
+    """Streams the rows of a .jsonl, .jsonl.gz, .parquet or .csv file, in file order.
 
     A row has `query`, optionally `context`, and the document: either `title` and/or `text`, or `document`, which is the
     text itself or an object {title, text, any other field}. The optional `query_id` and `doc_id` name the two.
     Any other field is carried, and never shown to the model.
 
     Raises:
-        DataError: every problem of the file, before the first pair is handed out.
+        FileError: the file cannot be read any further, or holds no row.
     """
-    for _ in _pairs(Path(path)):
-        pass
-    return _pairs(Path(path))
-
-
-def _pairs(path: Path) -> Iterator[Pair]:
-    problems = Problems()
-    for row in read_rows(path, problems):
-        with problems.catch():
+    unread = _InOrder()
+    for row in read_rows(Path(path), unread):
+        yield from unread.take()
+        try:
             yield _pair(row)
-    problems.raise_if_any()
+        except DataError as error:
+            yield BadRow(str(error), row.values)
+    yield from unread.take()
+
+
+class _InOrder(Problems):
+    """Hands problems out between the rows they lie between, however many they are."""
+
+    def __init__(self):
+        super().__init__()
+        self._waiting: list[BadRow] = []
+
+    def add(self, error: DataError) -> None:
+        if isinstance(error, FileError):
+            raise error
+        self._waiting += [BadRow(problem) for problem in error.problems]
+
+    def take(self) -> list[BadRow]:
+        """What was found since the last time."""
+        taken, self._waiting = self._waiting, []
+        return taken
 
 
 def _pair(row: Row) -> Pair:
@@ -203,6 +229,8 @@ def _pair(row: Row) -> Pair:
 def write_judgments(folder: str | Path, judgments: Iterable[Judgment], scale: Scale) -> None:
     """Writes a judgments folder (.jsonl) that `read_judgments` with the same scale reads back exactly.
 
+    Pairs without a grade are read back where the source says `unjudged`.
+
     Raises:
         ValueError: there is no judgment, a grade is off the scale, an id names two different queries or documents, or
             a document's field bears the name of a column of its own.
@@ -217,7 +245,7 @@ def write_judgments(folder: str | Path, judgments: Iterable[Judgment], scale: Sc
             raise ValueError(f"doc_id {document.doc_id!r} names two documents: {first} and {document}")
         if clash := {"doc_id", "title", "text"} & set(document.fields):
             raise ValueError(f"document {document.doc_id!r}: a field may not be called {clash.pop()!r}")
-        if not 0 <= judgment.grade < len(scale):
+        if judgment.grade is not None and not 0 <= judgment.grade < len(scale):
             raise ValueError(f"grade {judgment.grade} is not an index of the scale {scale.labels}")
         rows.append(judgment_row(judgment, scale))
     if not rows:

@@ -35,7 +35,8 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Graded judgments of documents for queries, with explanations where the data have them.",
-            disable_shuffling=True,  # keeps the order of the judgments; batches are drawn by random access
+            # The order of the judgments is kept; batches are drawn by random access.
+            disable_shuffling=True,
             features=tfds.features.FeaturesDict(
                 {
                     "query": {"query_id": text, "text": text, "context": text},
@@ -62,7 +63,7 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         index = None
         for index, judgment in enumerate(self._splits[split]):
-            yield index, _to_example(judgment)
+            yield index, to_example(judgment)
         if index is None:
             raise ValueError(f"split {split!r} has no judgment")
 
@@ -115,12 +116,16 @@ def open_judgments(data_dir: str | Path, split: str) -> JudgmentSource:
     return JudgmentSource(str(data_dir), split, builder.as_data_source(split=split))
 
 
-def _to_example(judgment: Judgment) -> dict[str, Any]:
+def to_example(judgment: Judgment) -> dict[str, Any]:
+    """A judgment as the dataset's features; a query with its own instruction is refused, it has no place there."""
+    query = dataclasses.asdict(judgment.query)
+    if query.pop("instruction") is not None:
+        raise ValueError(f"query {judgment.query.query_id!r} has its own instruction, which a dataset does not keep")
     explanation = judgment.explanation or Explanation((), (), (), 0)
     document = dataclasses.asdict(judgment.document)
     fields = document.pop("fields")
     return {
-        "query": dataclasses.asdict(judgment.query),
+        "query": query,
         "document": document | {"field_names": list(fields), "field_values": list(fields.values())},
         "grade": judgment.grade,
         "rules": judgment.rules,

@@ -1,7 +1,9 @@
 """Data by name: a config's `data` maps names to sources, and this opens them.
 
     {"format": "clips", "split": "train", "queries": 4000, "documents_per_query": 8, "rule_balance": 0.3}
-    {"format": "clips_text", "split": "train", "texts": 20000}
+    {"format": "clips_contrasts", "split": "train", "queries": 1000, "documents_per_query": 8}
+    {"format": "clips_rulebooks", "split": "train", "queries": 4000, "documents_per_query": 8, "most_rules": 16}
+    {"format": "clips_text", "split": "train", "texts": 20000, "size": 3}
     {"format": "folder" | "trec" | "esci", ...}          a real data set, see afrl_jax.data.readers
 
 Judgments of any of them take `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one
@@ -15,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from afrl_jax.data import clips
+from afrl_jax.data import clips, clips_contrasts, clips_rulebooks
 from afrl_jax.data.readers import read_judgments
 from afrl_jax.schema import DomainText, Instruction, Judgment
 
@@ -25,9 +27,10 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
     arguments = dict(source)
     low, high = arguments.pop("keep", (0.0, 1.0))
     explained = arguments.pop("explained", True)
-    if arguments.get("format") == "clips":
+    generator = _GENERATORS.get(arguments.get("format"))
+    if generator:
         del arguments["format"]
-        judgments = list(clips.judgments(seed, **arguments))
+        judgments = list(generator(seed, **arguments))
     else:
         judgments = read_judgments(arguments, instruction.scale)
     kept = [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
@@ -39,7 +42,14 @@ def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
     arguments = dict(source)
     if arguments.pop("format", None) != "clips_text":
         raise ValueError(f"a text stage reads a source of format 'clips_text'; got {dict(source)}")
-    return list(clips.domain_texts(seed, arguments["split"], arguments["texts"]))
+    return list(clips.domain_texts(seed, count=arguments.pop("texts"), **arguments))
+
+
+_GENERATORS = {
+    "clips": clips.judgments,
+    "clips_contrasts": clips_contrasts.judgments,
+    "clips_rulebooks": clips_rulebooks.judgments,
+}
 
 
 def _place(query_id: str) -> float:

@@ -36,6 +36,10 @@ class DataError(ValueError):
         super().__init__("\n  ".join(heading + lines))
 
 
+class FileError(DataError):
+    """The file itself cannot be read, or not to its end."""
+
+
 class Problems:
     """Collects problems while a reader goes on, so that one error can tell of all of them."""
 
@@ -150,10 +154,10 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     readers = {".jsonl": _json_rows, ".jsonl.gz": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     reader = next((reader for suffix, reader in readers.items() if path.name.endswith(suffix)), None)
     if reader is None:
-        problems.add(DataError([f"{path}: unknown kind of file; the name must end in {', '.join(readers)}"]))
+        problems.add(FileError([f"{path}: unknown kind of file; the name must end in {', '.join(readers)}"]))
         return
     if not path.is_file():
-        problems.add(DataError([f"{path}: no such file"]))
+        problems.add(FileError([f"{path}: no such file"]))
         return
     empty = True
     for row in reader(path):
@@ -163,7 +167,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
         else:
             yield row
     if empty:
-        problems.add(DataError([f"{path}: holds no row"]))
+        problems.add(FileError([f"{path}: holds no row"]))
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -174,7 +178,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, start=1):
                 yield number, line
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError([f"{path}:{number}: the file is damaged after this line: {error}"]) from error
+            raise FileError([f"{path}:{number}: the file is damaged after this line: {error}"]) from error
 
 
 def _json_rows(path: Path) -> Iterator[Row | DataError]:
@@ -219,7 +223,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | DataError]:
                     number += 1
                     yield Row(path, number, values)
     except (pyarrow.ArrowException, OSError) as error:
-        yield DataError([f"{path}:{number}: not readable as Parquet after this row: {error}"])
+        yield FileError([f"{path}:{number}: not readable as Parquet after this row: {error}"])
 
 
 def _csv_rows(path: Path) -> Iterator[Row | DataError]:
@@ -237,4 +241,4 @@ def _csv_rows(path: Path) -> Iterator[Row | DataError]:
                 elif cells:
                     yield DataError([f"{path}:{line}: {len(cells)} cells, but the header names {len(header)}"])
     except (csv.Error, UnicodeDecodeError) as error:
-        yield DataError([f"{path}:{line}: not readable as CSV: {error}"])
+        yield FileError([f"{path}:{line}: not readable as CSV: {error}"])

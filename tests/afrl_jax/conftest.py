@@ -8,11 +8,14 @@ import pytest
 
 from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
+from afrl_jax.decision import Decision
+from afrl_jax.export import export_model
 from afrl_jax.schema import Document, Instruction, Query, Rule, Scale
 from afrl_jax.scoring import RelevanceModel
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import initialize
 from lm_jax.tokenizer import train_tokenizer
+from lm_jax.weights import write_weights
 
 INSTRUCTION = Instruction(
     "Grade how well the clip answers the query.",
@@ -21,7 +24,7 @@ INSTRUCTION = Instruction(
 )
 TEXTS = [
     "Grade how well the clip answers the query: chess openings for kids, robots, sourdough at home.",
-    "Query: Document: Grade: 1 2 3 Need: Doc: Match: met; violated Rule: Verdict:",
+    "Query: Document: Grade: 1 2 3 Match: kids | children | met; violated Rule: Verdict:",
 ]
 SHAPES = {
     "qwen3": DecoderConfig("qwen3", 320, 32, 2, 4, 2, 16, 48, rope_theta=500.0, qk_norm=True),
@@ -65,7 +68,7 @@ def tiny_model(tiny_format):
     """A function: family name -> RelevanceModel whose calibration is not the identity."""
 
     def make(name: str = "qwen3", **changes) -> RelevanceModel:
-        fitted = {"calibration": Calibration(0.8, (0.3, 0.0, -0.2)), "threshold": 0.4}
+        fitted = {"calibration": Calibration(0.8, (0.3, 0.0, -0.2)), "decision": Decision(threshold=0.4)}
         return RelevanceModel(SHAPES[name], _parameters(name), tiny_format, **(fitted | changes))
 
     return make
@@ -74,3 +77,31 @@ def tiny_model(tiny_format):
 @pytest.fixture
 def pairs():
     return list(PAIRS)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory, tiny_model):
+    """A relevance model's folder, calibrated, with one golden pair; and the model."""
+    folder, model = tmp_path_factory.mktemp("run") / "export", tiny_model("llama")
+    export_model(
+        folder,
+        model.parameters,
+        model.config,
+        model.format,
+        calibration=model.calibration,
+        decision=model.decision,
+        golden=[(Query("", "chess"), Document("", "robots"))],
+        figures={},
+        config={},
+        title="tiny",
+    )
+    return folder, model
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory, tiny_model):
+    """The folder of any Hugging Face causal model: no relevance.json."""
+    folder, model = tmp_path_factory.mktemp("causal"), tiny_model("qwen2")
+    write_weights(folder, model.config, model.parameters)
+    model.format.tokenizer.save(folder)
+    return folder

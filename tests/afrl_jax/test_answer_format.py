@@ -23,16 +23,14 @@ from lm_jax.tokenizer import Tokenizer, train_tokenizer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 DATA = pathlib.Path(os.environ.get("AFRL_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
-SMOLLM2 = pathlib.Path(
-    os.environ.get("AFRL_SMOLLM2_GGUF", REPOSITORY / "weights" / "smollm2-135m-instruct-q4_1.gguf")
-)
+SMOLLM2 = pathlib.Path(os.environ.get("AFRL_SMOLLM2_GGUF", REPOSITORY / "weights" / "smollm2-135m-instruct-q4_1.gguf"))
 INSTRUCTION = clips.instruction()
 LABELS = INSTRUCTION.scale.labels
 JUDGMENTS = list(clips.judgments(0, "train", 60, 8))
 EXPLANATION = Explanation(
     ("topic robots", "under 20 minutes"), ("robots", "24 minutes"), (Match.MET, Match.VIOLATED), 25
 )
-ANSWER = "2\nNeed: topic robots; under 20 minutes\nDoc: robots; 24 minutes\nMatch: met; violated\nRule: 25\nVerdict: 2"
+ANSWER = "2\nMatch: topic robots | robots | met; under 20 minutes | 24 minutes | violated\nRule: 25\nVerdict: 2"
 
 
 @pytest.fixture(scope="module", params=["trained", "smollm2", "qwen3"])
@@ -86,25 +84,28 @@ def test_gold_answers_go_round_through_tokens(format):
         ANSWER.replace("Verdict: 2", "Verdict: "),
         ANSWER.replace("Verdict: 2", "Verdict: 2."),
         ANSWER.replace("\nVerdict: 2", ""),
-        ANSWER.replace("\nDoc: robots; 24 minutes", ""),
-        ANSWER.replace("\nDoc", "\n\nDoc"),
-        ANSWER.replace("Need: ", "Need:"),
-        ANSWER.replace("Need", "need"),
-        ANSWER.replace("Need: topic", "Need: ; topic"),
-        ANSWER.replace("20 minutes\n", "20 minutes; \n"),
-        ANSWER.replace("robots; 24", "robots;24"),
-        ANSWER.replace("robots; 24 minutes", "robots"),
-        ANSWER.replace("met; violated", "met"),
-        ANSWER.replace("met; violated", "met; violated; met"),
-        ANSWER.replace("met; violated", "met; broken"),
-        ANSWER.replace("met; violated", "Met; violated"),
-        ANSWER.replace("met; violated", "met, violated"),
+        ANSWER.replace("\nRule: 25", ""),
+        ANSWER.replace("\nRule", "\n\nRule"),
+        ANSWER.replace("Match: ", "Match:"),
+        ANSWER.replace("Match", "match"),
+        ANSWER.replace("Match: topic", "Match: ; topic"),
+        ANSWER.replace("Match: topic robots", "Match: "),
+        ANSWER.replace("violated\n", "violated; \n"),
+        ANSWER.replace("met; under", "met;under"),
+        ANSWER.replace("met; under", "met under"),
+        ANSWER.replace("24 minutes | ", ""),
+        ANSWER.replace("24 minutes", "24 minutes | 25 minutes"),
+        ANSWER.replace("24 minutes", "24|minutes"),
+        ANSWER.replace("24 minutes", ""),
+        ANSWER.replace("| met", "| broken"),
+        ANSWER.replace("| met", "| Met"),
+        ANSWER.replace("| met", "|met"),
         ANSWER.replace("Rule: 25", "Rule: 025"),
         ANSWER.replace("Rule: 25", "Rule: +25"),
         ANSWER.replace("Rule: 25", "Rule: ２５"),
         ANSWER.replace("Rule: 25", "Rule: 25."),
         ANSWER.replace("Rule: 25", "Rule: "),
-        ANSWER.replace("Doc: ", "Match: ").replace("Match: met", "Doc: met"),
+        ANSWER.replace("Match: ", "Rule: ").replace("Rule: 25", "Match: 25"),
         ANSWER.replace("\n", "\r\n"),
     ],
 )
@@ -115,7 +116,7 @@ def test_anything_else_does_not_parse(text):
 def test_what_parses_is_spelled_in_one_way_only():
     """Every answer one edit away is refused, or is itself the exact spelling of another answer."""
     edits = {ANSWER[:i] + ANSWER[i + 1 :] for i in range(len(ANSWER))}
-    edits |= {ANSWER[:i] + extra + ANSWER[i:] for i in range(len(ANSWER) + 1) for extra in "\n ;:2a"}
+    edits |= {ANSWER[:i] + extra + ANSWER[i:] for i in range(len(ANSWER) + 1) for extra in "\n ;|:2a"}
     refused = 0
     for text in edits:
         parsed = parse_answer(text, LABELS)
@@ -175,7 +176,7 @@ def test_truncation_shortens_the_document_alone(tokenizer):
 
 
 def test_segments_are_those_of_the_lines(format):
-    segment = [LABEL, MATCH, MATCH, MATCH, RULE, CONSISTENCY]
+    segment = [LABEL, MATCH, RULE, CONSISTENCY]
     for judgment in JUDGMENTS[:100]:
         tokens, segments = format.encode_answer(judgment)
         lines = [format.tokenizer.decode(tokens[1 : end + 1]).count("\n") for end in range(len(tokens))]
@@ -232,3 +233,31 @@ def test_the_checksum_sees_every_string_of_the_template():
     assert len(changed | {Template().checksum}) == 5
     assert Template().checksum == Template().checksum
     assert len(Template().checksum) == 16
+
+
+def test_the_head_is_what_all_prompts_begin_with(tiny_format):
+    head = tiny_format.head_tokens
+    for text in ("chess", "ログ", "9 lives", "-x"):
+        (prompt,) = tiny_format.encode_prompts([(Query("", text), Document("", "robots"))])
+        np.testing.assert_array_equal(prompt.prefix[: len(head)], head)
+    text = tiny_format.tokenizer.decode(head)
+    assert text.startswith("Grade how well the clip") and text.rstrip(" :").endswith("Query")
+
+
+def test_documents_are_tokenized_once(tiny_tokenizer, tiny_format):
+    format = AnswerFormat(tiny_tokenizer, tiny_format.instruction)
+    asked = []
+
+    class Counting:
+        def encode_batch(self, texts):
+            asked.append(list(texts))
+            return tiny_tokenizer.encode_batch(texts)
+
+    format.tokenizer = Counting()
+    format._prefix_tokens = tiny_format._prefix_tokens
+    pairs = [(Query("", "chess"), Document("", text)) for text in ("robots", "home", "robots")]
+    first, again = format.encode_prompts(pairs), format.encode_prompts(pairs[1:])
+    assert [len(texts) for texts in asked] == [2, 0]
+    for one, other in zip(first[1:], again, strict=True):
+        np.testing.assert_array_equal(one.document, other.document)
+    np.testing.assert_array_equal(first[0].document, tiny_format.encode_prompts(pairs)[0].document)

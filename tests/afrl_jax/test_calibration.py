@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import special
 
-from afrl_jax import calibration, ranking_metrics
+from afrl_jax import calibration
 from afrl_jax.calibration import Calibration
 
 LOGITS = hnp.arrays(np.float64, (6, 4), elements=st.floats(-8, 8))
@@ -64,33 +64,6 @@ def test_json_round_trip_is_exact():
     assert Calibration.from_json(fitted.to_json()) == fitted
     with pytest.raises(dataclasses.FrozenInstanceError):
         fitted.temperature = 2.0
-
-
-@given(LOGITS, st.floats(0.01, 0.99))
-def test_decide_is_the_highest_grade_with_enough_cumulated_probability(logits, threshold):
-    probabilities = special.softmax(logits, -1)
-    for row, grade in zip(probabilities, calibration.decide(probabilities, threshold), strict=True):
-        reached = [c for c in range(1, 4) if sum(row[: c - 1 : -1]) >= threshold]
-        assert grade == max(reached, default=0)
-    np.testing.assert_array_equal(calibration.decide(probabilities), probabilities.argmax(-1))
-
-
-@pytest.mark.parametrize("metric", ranking_metrics.GRADE_METRICS)
-def test_fit_threshold_finds_the_best_one(metric):
-    rng = np.random.default_rng(3)
-    probabilities = rng.dirichlet([0.5, 0.5, 2], 800)
-    grade = drawn_from(special.softmax(np.log(probabilities * [3, 1, 1]), -1), 4)
-    measure = ranking_metrics.GRADE_METRICS[metric]
-
-    def value(threshold):
-        predicted = calibration.decide(probabilities, threshold)
-        return measure(ranking_metrics.confusion_matrix(grade, predicted, 3))
-
-    best = calibration.fit_threshold(probabilities, grade, metric)
-    assert value(best) >= max(value(b) for b in np.linspace(0.01, 0.99, 99).round(2))
-    assert value(best) > value(0.5)
-    certain = np.eye(3)[grade]  # every threshold is right
-    assert calibration.fit_threshold(certain, grade, metric) == 0.5
 
 
 def test_expected_calibration_error_and_curve_by_hand():

@@ -5,9 +5,7 @@ import pytest
 
 from afrl_jax import evaluate
 from afrl_jax.data.grade_mapping import GradeMapping
-from afrl_jax.export import export_model
 from afrl_jax.schema import Scale
-from lm_jax.weights import write_weights
 
 WORDS = "chess openings kids robots sourdough home clip query".split()
 
@@ -31,32 +29,6 @@ def judged(grades=(1, 2, 3), queries=6, prefix="q"):
         for q in range(queries)
         for d in range(5)
     ]
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory, tiny_model):
-    folder, model = tmp_path_factory.mktemp("run") / "export", tiny_model("llama")
-    export_model(
-        folder,
-        model.parameters,
-        model.config,
-        model.format,
-        calibration=model.calibration,
-        threshold=model.threshold,
-        golden=[],
-        figures={},
-        config={},
-        title="tiny",
-    )
-    return folder, model
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory, tiny_model):
-    folder, model = tmp_path_factory.mktemp("causal"), tiny_model("llama")
-    write_weights(folder, model.config, model.parameters)
-    model.format.tokenizer.save(folder)
-    return folder
 
 
 def run(model, judgments, *options):
@@ -167,6 +139,8 @@ def test_bad_data_is_named_before_the_weights_are_read(export, tmp_path, capsys)
     assert "no such folder" in refused(capsys, folder, tmp_path / "absent")
     good = write_folder(tmp_path / "good", judged())
     assert "neither a model folder" in refused(capsys, tmp_path / "no model", good)
+    assert "--resamples: must be a whole number of at least 1" in refused(capsys, folder, good, "--resamples=0")
+    assert "at least 0, got 'x'" in refused(capsys, folder, good, "--explained_pairs=x")
     assert "--thresholds: must be numbers" in refused(capsys, folder, good, "--thresholds=a,b")
     assert "its own task and scale" in refused(capsys, folder, good, "--labels=1,2,3")
 

@@ -1,11 +1,11 @@
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
 from afrl_jax import calibration, ranking_metrics
+from afrl_jax.decision import Decision
 from afrl_jax.evaluation import (
     Figure,
     Predictions,
@@ -26,10 +26,9 @@ def made_up(seed=0, rows=600, queries=40, grades=4):
         query_index=rng.integers(0, queries, rows) * 7 + 3,  # numbers need not be dense
         grade=grade,
         probabilities=probabilities,
-        threshold=0.45,
+        decision=Decision(threshold=0.45),
         uncalibrated=sharp,
         rule=rng.choice([2, 5, 9, 11], rows, p=[0.9, 0.07, 0.025, 0.005]),
-        label_samples=rng.multinomial(10, probabilities),
         explanation={"format": np.ones(rows), "rule_accuracy": np.where(checked, rng.random(rows) < 0.7, np.nan)},
     )
 
@@ -48,12 +47,11 @@ def rows_of(predictions, rows):
 def test_values_equal_metrics_computed_another_way():
     p = made_up()
     figures = {name: figure.value for name, figure in evaluate_predictions(p, resamples=10).items()}
-    predicted = calibration.decide(p.probabilities, 0.45)
+    predicted = Decision(threshold=0.45)(p.probabilities)
     right = predicted == p.grade
     dense = np.unique(p.query_index, return_inverse=True)[1]
     score = p.probabilities @ [0, 1 / 3, 2 / 3, 1]
     gold_probability = p.uncalibrated[np.arange(600), p.grade]
-    failures = 10 - p.label_samples[np.arange(600), p.grade]
     wanted = {
         "accuracy": right.mean(),
         "macro_f1": sklearn_metrics.f1_score(p.grade, predicted, average="macro"),
@@ -67,8 +65,7 @@ def test_values_equal_metrics_computed_another_way():
         "brier_before_calibration": np.mean(calibration.brier(p.uncalibrated, p.grade)),
         "signed_grade_error": np.mean(3 * score - p.grade),
         "label_entropy": -np.mean(np.sum(p.uncalibrated * np.log(p.uncalibrated), -1)),
-        "pass@8": 1 - np.mean([math.comb(int(failed), 8) / math.comb(10, 8) for failed in failures]),
-        "expected_pass@8": np.mean(1 - (1 - gold_probability) ** 8),
+        "pass@8": np.mean(1 - (1 - gold_probability) ** 8),
         "explanation/format": 1,
         "explanation/rule_accuracy": np.nanmean(p.explanation["rule_accuracy"]),
         **{f"rule_recall/{rule}": right[p.rule == rule].mean() for rule in (2, 5, 9, 11)},
@@ -77,6 +74,14 @@ def test_values_equal_metrics_computed_another_way():
         "rule_recall/tail": right[p.rule == 11].mean(),
     }
     assert figures == pytest.approx(wanted)
+
+
+def test_pass_at_8_is_the_share_of_pairs_with_a_right_label_among_8_drawn():
+    p = made_up()
+    drawn = np.stack([np.random.default_rng(i).multinomial(8, p.uncalibrated) for i in range(50)])
+    share = (drawn[:, np.arange(600), p.grade] > 0).mean()
+    # 30,000 draws of at most .5 standard deviation: four standard errors are .012.
+    assert evaluate_predictions(p, resamples=1)["pass@8"].value == pytest.approx(share, abs=0.012)
 
 
 def test_intervals_equal_a_bootstrap_that_copies_rows():
@@ -102,7 +107,7 @@ def test_figures_that_data_cannot_define_are_absent():
     alone = Predictions(np.arange(3), np.zeros(3, int), np.tile([0.9, 0.1], (3, 1)))
     figures = evaluate_predictions(alone, resamples=20)
     assert figures["accuracy"] == Figure(1, 1, 1)
-    undefined = {"pair_accuracy", "ndcg_exp@10", "quadratic_weighted_kappa", "pass@8", "brier_before_calibration"}
+    undefined = {"pair_accuracy", "ndcg_exp@10", "quadratic_weighted_kappa", "brier_before_calibration"}
     assert not undefined & set(figures)
     assert not [name for name in figures if name.startswith(("rule_recall", "explanation"))]
 

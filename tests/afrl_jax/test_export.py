@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+import sentence_transformers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -30,7 +31,7 @@ TOLERANCE = 1e-4
 def export_to(folder, model, pairs, **changes):
     arguments = {
         "calibration": model.calibration,
-        "threshold": model.threshold,
+        "decision": model.decision,
         "golden": pairs,
         "figures": FIGURES,
         "config": {"seed": 3, "stages": ("sft", "rl")},
@@ -105,6 +106,21 @@ def test_classifier_scores_padded_batches_and_names_the_grades(exported, pairs):
     np.testing.assert_allclose(probabilities, np.exp(model.label_logprobs(pairs)), atol=TOLERANCE, rtol=0)
 
 
+def test_a_cross_encoder_scores_as_we_do_where_the_tokenizer_has_a_chat_template(
+    tiny_model, pairs, tmp_path, monkeypatch
+):
+    model = tiny_model("llama")
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    monkeypatch.setitem(model.format.tokenizer._settings, "chat_template", template)
+    export_to(tmp_path / "export", model, pairs)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == template
+    encoder = sentence_transformers.CrossEncoder(str(tmp_path / "export" / CLASSIFIER), device="cpu")
+    decode = model.format.tokenizer.decode
+    texts = [(decode(p.prefix), decode(p.document)) for p in model.format.encode_prompts(pairs)]  # documents are cut
+    found = encoder.predict(texts, apply_softmax=True)
+    np.testing.assert_allclose(found, np.exp(model.label_logprobs(pairs)), atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("form", [".", CLASSIFIER])
 def test_the_exported_tokenizer_is_ours(exported, pairs, form):
     for family in ("qwen3", "qwen2", "llama"):
@@ -118,7 +134,7 @@ def test_a_loaded_export_gives_the_same_scores(exported, pairs):
     folder, facts, model = exported("qwen2", pairs)
     loaded = RelevanceModel.load(folder)
     np.testing.assert_array_equal(loaded.predict_proba(pairs), model.predict_proba(pairs))
-    assert (loaded.calibration, loaded.threshold) == (model.calibration, model.threshold)
+    assert (loaded.calibration, loaded.decision) == (model.calibration, model.decision)
     assert loaded.format.instruction == model.format.instruction
     assert loaded.format.max_document_tokens == 40
     assert loaded.version == facts["weights_digest"] == weights_digest(folder)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ INSTRUCTION = """--config.instruction={"task": "Judge.", "labels": ("0", "1")}""
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """A function: arguments -> what a start that is refused with status 2 says; nothing may be left in the workdir."""
-    monkeypatch.setattr(main.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
     def start(*arguments: str, config: str = SMOKE) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -56,6 +57,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ('stages=("text",)', "stages text: none trains a grade"),
         ('stages=("distill",)', "distill: distillation comes after the teacher's last stage"),
         ("sft.row_tokens=150", "sft.row_tokens: 150 is too small: in data.train, query 'train-0-"),
+        ("text.row_tokens=40", "text.row_tokens: 40 is too small: in data.texts a text has "),
         (
             INSTRUCTION.removeprefix("--config."),
             "data.calibration: clips are not graded on the scale of the instruction, ('0', '1')",
@@ -119,8 +121,14 @@ def test_help_teaches_by_example(capsys):
     assert "--config.rl.steps=40" in said and "report/report.html" in said and "Exit status" in said
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_it_continues(tmp_path, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [
+        (signal.SIGINT, 130, r""),
+        (signal.SIGTERM, 75, r"SIGTERM: the running step is finished and saved first\n(text: saved at step \d+; )"),
+    ],
+)
+def test_a_stopped_run_says_how_it_continues(tmp_path, number, status, told):
     process = subprocess.Popen(
         [sys.executable, "-m", "afrl_jax.main", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.text.steps=100000"],
         stderr=subprocess.PIPE,
@@ -133,7 +141,12 @@ def test_a_stopped_run_says_how_it_continues(tmp_path, number, status):
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status, said
-    assert said == "stopped; the same command continues from the newest checkpoint\n"
+    kernels = ("row_attention", "token_logprobs")
+    chosen = "".join(f"kernel {name}: pallas_tpu on a TPU, xla elsewhere\n" for name in kernels)
+    assert re.fullmatch(chosen + told + "stopped; the same command continues from the newest checkpoint\n", said)
+    if status == 75:  # what it says it saved is there, before any checkpoint was due
+        saved = int(re.search(r"saved at step (\d+)", said)[1])
+        assert (tmp_path / "run/checkpoints/text" / str(saved)).is_dir()
 
 
 def test_an_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
@@ -142,7 +155,7 @@ def test_an_unexpected_error_keeps_its_traceback(tmp_path, monkeypatch, capsys):
     def broken(self, name, stage, log):
         raise ZeroDivisionError("a defect of ours")
 
-    monkeypatch.setattr(main.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(recipe.Recipe, "_train", broken)
     with pytest.raises(ZeroDivisionError, match="a defect of ours"):
         main.main([SMOKE, f"--workdir={tmp_path / 'run'}"])

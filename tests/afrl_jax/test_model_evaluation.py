@@ -3,7 +3,8 @@ import pytest
 import scipy.special
 
 from afrl_jax.calibration import Calibration
-from afrl_jax.model_evaluation import SAMPLES, Evaluated, calibrate, evaluate_model, predict_judgments
+from afrl_jax.decision import MOST_PROBABLE
+from afrl_jax.model_evaluation import Evaluated, calibrate, evaluate_model, predict_judgments
 from afrl_jax.schema import Document, Explanation, Judgment, Match, Query
 
 WORDS = "chess openings kids robots sourdough home clip query".split()
@@ -45,18 +46,17 @@ def evaluated(model):
         calibration=judgments(8, seed=2),
         explained_pairs=4,
         max_new_tokens=6,
-        seed=3,
     )
 
 
 def test_calibration_is_fitted_on_other_judgments_than_those_evaluated(model, evaluated):
     test, dev = judgments(5, seed=1), judgments(8, seed=2)
-    assert (evaluated.calibration, evaluated.threshold) == calibrate(model, dev)
+    assert (evaluated.calibration, evaluated.decision) == calibrate(model, dev)
     found = logprobs(model, test)
     np.testing.assert_allclose(evaluated.predictions.uncalibrated, scipy.special.softmax(found, -1), atol=1e-6)
     expected = scipy.special.softmax(found / evaluated.calibration.temperature + evaluated.calibration.bias, -1)
     np.testing.assert_allclose(evaluated.predictions.probabilities, expected, atol=1e-6)
-    assert evaluated.predictions.threshold == evaluated.threshold
+    assert evaluated.predictions.decision == evaluated.decision
     assert evaluated.predictions.grade.tolist() == [row.grade for row in test]
     assert evaluated.predictions.query_index.tolist() == [q for q in range(5) for _ in range(6)]
 
@@ -75,31 +75,20 @@ def test_calibration_lowers_the_loss_where_it_was_fitted(model):
 def test_what_is_saved_is_loaded_again(evaluated, tmp_path):
     evaluated.save(tmp_path)
     loaded = Evaluated.load(tmp_path)
-    assert (loaded.calibration, loaded.threshold) == (evaluated.calibration, evaluated.threshold)
-    for name in ("query_index", "grade", "probabilities", "uncalibrated", "label_samples"):
+    assert (loaded.calibration, loaded.decision) == (evaluated.calibration, evaluated.decision)
+    for name in ("query_index", "grade", "probabilities", "uncalibrated"):
         np.testing.assert_array_equal(getattr(loaded.predictions, name), getattr(evaluated.predictions, name))
     assert loaded.predictions.rule is None and loaded.predictions.explanation == {}
 
 
 def test_saved_explanations_and_rules_are_loaded_again(model, tmp_path):
-    predictions = predict_judgments(model, judgments(2, 1, True), explained_pairs=5, max_new_tokens=6, seed=0)
-    Evaluated(predictions, Calibration.identity(3), 0.5).save(tmp_path)
+    predictions = predict_judgments(model, judgments(2, 1, True), explained_pairs=5, max_new_tokens=6)
+    Evaluated(predictions, Calibration.identity(3), MOST_PROBABLE).save(tmp_path)
     loaded = Evaluated.load(tmp_path).predictions
     assert loaded.rule.tolist() == [7] * 12
     assert set(loaded.explanation) == {"format", "consistency", "rule_accuracy"}
     for name, values in predictions.explanation.items():
         np.testing.assert_array_equal(loaded.explanation[name], values)
-
-
-def test_label_samples_come_from_the_models_own_probabilities(model):
-    rows = judgments(5, seed=1)
-    drawn = predict_judgments(model, rows, explained_pairs=0, max_new_tokens=1, seed=0)
-    assert drawn.label_samples.shape == (30, 3) and (drawn.label_samples.sum(1) == SAMPLES).all()
-    # 480 draws in all: three standard deviations of a share are below 0.07.
-    share = drawn.label_samples.sum(0) / (30 * SAMPLES)
-    np.testing.assert_allclose(share, drawn.uncalibrated.mean(0), atol=0.07)
-    again = predict_judgments(model, rows, explained_pairs=0, max_new_tokens=1, seed=0)
-    np.testing.assert_array_equal(again.label_samples, drawn.label_samples)
 
 
 def test_explanations_are_checked_for_the_first_pairs_that_have_gold(model, monkeypatch):
@@ -128,7 +117,7 @@ def test_explanations_are_checked_for_the_first_pairs_that_have_gold(model, monk
         return padded, np.array([len(tokens) for tokens in chosen])
 
     monkeypatch.setattr(model, "answer_tokens", answer_tokens)
-    found = predict_judgments(model, rows, explained_pairs=18, max_new_tokens=80, seed=0)
+    found = predict_judgments(model, rows, explained_pairs=18, max_new_tokens=80)
     assert asked == [(row.query, row.document) for row in rows[6:24]]
     for name, marks in {
         "format": [1, 1, 1, 0],

@@ -116,12 +116,3 @@ def test_expected_grade_signed_error_and_entropy():
     error = ranking_metrics.signed_grade_error(np.array([1, 3, 1, 3]), probabilities)
     np.testing.assert_allclose(error, [-1, 0, 0.5, -1.5])
     np.testing.assert_allclose(ranking_metrics.label_entropy(probabilities), [0, 0, math.log(4), math.log(2)])
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
-    sampled, k = 7, 3
-    for right in range(sampled + 1):
-        answers = [True] * right + [False] * (sampled - right)
-        share = np.mean([any(subset) for subset in itertools.combinations(answers, k)])
-        assert ranking_metrics.pass_at_k(np.array([sampled]), np.array([right]), k)[0] == pytest.approx(share)
-    np.testing.assert_array_equal(ranking_metrics.pass_at_k(np.array([2, 3]), np.array([2, 3]), 3), [np.nan, 1])

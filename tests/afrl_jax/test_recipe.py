@@ -1,6 +1,7 @@
 """The whole program on the smoke config: what it leaves, what it compiles, and that being killed changes nothing."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,15 +16,21 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from afrl_jax import batch_plan, recipe
+from afrl_jax.data import clips
+from afrl_jax.data.readers import write_judgments
+from afrl_jax.label_scorer import CPU_BATCH_TOKENS
+from afrl_jax.settings import read_settings
 from lm_jax.checkpoint import load_tree
 from lm_jax.config import DecoderConfig
+from lm_jax.config_file import read_config
 from lm_jax.parameters import table
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("text", "sft", "rl", "distill")
 STEPS = 4
 # The clock's, not the computation's.
-CLOCK = {"time", "tokens_per_second"}
+CLOCK = {"time", "seconds", "tokens_per_second"}
 
 
 def run(workdir: pathlib.Path, *arguments: str, death: str = "never", config: str = "afrl_smoke"):
@@ -152,8 +159,11 @@ def test_compilations_are_bounded_by_stages_and_length_buckets(uninterrupted):
     assert compiled["jit(update)"] == len(STAGES)
     assert compiled["jit(sample)"] == 1 + 2  # rollouts; explanations of teacher and student
     assert compiled["jit(_reference_logprobs)"] == 1
-    # Teacher and student are scored on training, calibration and test pairs, the golden pairs included.
-    assert 2 <= compiled["jit(_label_logprobs)"] <= 2 * 2
+    # Teacher and student are scored on training, calibration and test pairs, the golden pairs included, in full batches
+    # and in the smaller ones that remain; queries are computed apart. All of it stays within the buckets of lengths.
+    buckets = len(batch_plan.shapes(1, longest=256, budget=CPU_BATCH_TOKENS))
+    assert 2 <= compiled["jit(score_suffixes)"] <= 2 * buckets
+    assert 2 <= compiled["jit(prefill_suffixes)"] <= 2 * buckets
     logged = [place for place, event in enumerate(events) if event[0] == "logged"]
     for stage in STAGES:
         first, *_, last = (place for place in logged if events[place][1] == stage)
@@ -170,6 +180,26 @@ def test_a_second_run_skips_what_is_finished(uninterrupted):
     ]
     assert (digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()) == before
     assert list((uninterrupted / "tensorboard").iterdir()) == events_of_tensorboard
+
+
+def test_the_student_learns_the_teachers_grade_where_nobody_judged(tmp_path):
+    config = read_config(REPOSITORY / "configs/afrl_smoke.py", ('--config.stages=("sft", "distill")',))
+    scale = clips.instruction().scale
+    nobody = [dataclasses.replace(j, grade=None, explanation=None, rules=()) for j in clips.judgments(3, "train", 6, 4)]
+    write_judgments(tmp_path / "pool", nobody, scale)
+    config["instruction"] = {"task": "Grade it.", "labels": scale.labels}
+    config["data"]["pool"] = {"path": str(tmp_path / "pool"), "unjudged": True}
+    config["distill"]["mixture"] = {"pool": 1.0}
+    config["evaluation"]["explained_pairs"] = 0
+    recipe.run(read_settings(config), config, tmp_path / "run")
+    teacher = np.load(tmp_path / "run/stages/teacher_labels.pool/logprobs.npy")
+    assert teacher.shape == (24, len(scale))
+    found = [record for record in records(tmp_path / "run") if record["stage"] == "distill"]
+    assert len(found) == STEPS
+    for record in found:
+        assert record["first_token/accuracy"] == record["distill/agreement"]  # gold is what the teacher holds likeliest
+        assert record["sft/explanation"] == 0 < record["sft/label"]
+    assert found[-1]["distill/agreement"] > 0
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(uninterrupted):

@@ -5,6 +5,7 @@ import pytest
 
 from afrl_jax import relevance_file
 from afrl_jax.answer_format import AnswerFormat
+from afrl_jax.decision import Decision
 from afrl_jax.schema import Instruction, Query, Scale
 
 
@@ -33,6 +34,15 @@ def test_what_is_described_is_read_again(tmp_path, description, model, pairs):
     for ours, theirs in zip(model.format.encode_prompts(pairs), format.encode_prompts(pairs), strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     relevance_file.check_golden(read, model, tmp_path)
+
+
+def test_a_file_from_before_decisions_is_read_with_its_threshold(tmp_path, description):
+    del description["decision"]
+    read = relevance_file.read(written(tmp_path, description | {"threshold": 0.37}))
+    assert Decision.from_json(json.dumps(read["decision"])) == Decision(threshold=0.37)
+    assert relevance_file.read(written(tmp_path, description | {"threshold": None}))["decision"]["threshold"] is None
+    with pytest.raises(ValueError, match="decision is missing"):
+        relevance_file.read(written(tmp_path, description))
 
 
 def test_prompt_head_is_all_that_stands_before_the_query(description, model):
@@ -92,7 +102,7 @@ def test_golden_pairs_tell_another_model(tmp_path, description, model, spoil):
         model.parameters,
         format,
         calibration=type(model.calibration)(**description["calibration"]),
-        threshold=model.threshold,
+        decision=model.decision,
     )
     with pytest.raises(relevance_file.GoldenMismatch, match=r"golden pair \d \(query '.*'\) scores off by"):
         relevance_file.check_golden(description, changed, tmp_path)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from afrl_jax import calibration
+from afrl_jax.decision import Decision
 from afrl_jax.evaluation import Predictions, evaluate_predictions, paired_bootstrap
-from afrl_jax.report import read_log, write_report
+from afrl_jax.report import write_report
 from afrl_jax.schema import Instruction, Rule, Scale
 
 LABELS = ("bad", "fair", "good")
@@ -20,7 +21,7 @@ def made_up(seed, sharpness=1.0, rows=120):
     grade, rule, query_index = (judged.integers(0, high, rows) for high in (3, 2, 12))
     logits = rng.normal(0, 1, (rows, 3)) + sharpness * np.eye(3)[grade]
     served, own = (calibration.Calibration(temperature, (0, 0, 0)).apply(logits) for temperature in (1, 0.7))
-    return Predictions(query_index, grade, served, 0.5, own, np.array([1, 4])[rule])
+    return Predictions(query_index, grade, served, Decision(0.5), own, np.array([1, 4])[rule])
 
 
 def training_log():
@@ -150,12 +151,3 @@ def test_missing_parts_leave_their_plots_out(tmp_path):
     assert "Differences" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     write_report(tmp_path / "log only", {}, INSTRUCTION, title="Log", records=training_log()[:9])
     assert {path.stem for path in (tmp_path / "log only").glob("*.png")} == {"loss"}
-
-
-def test_read_log_leaves_out_a_torn_last_line_only(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"stage": "sft", "step": 1, "loss": 2.5}\n{"stage": "sft", "st')
-    assert read_log(path) == [{"stage": "sft", "step": 1, "loss": 2.5}]
-    path.write_text('{"stage"\n{"stage": "sft", "step": 1}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl:1: not a log record"):
-        read_log(path)

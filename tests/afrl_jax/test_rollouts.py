@@ -20,7 +20,7 @@ from lm_jax.tokenizer import train_tokenizer
 
 INSTRUCTION = clips.instruction()
 JUDGMENTS = list(clips.judgments(0, "train", 6, 4))
-BARE = [dataclasses.replace(judgment, explanation=None, rules=()) for judgment in JUDGMENTS]
+BARE = [dataclasses.replace(judgment, explanation=None, rules=(), evidence={}) for judgment in JUDGMENTS]
 SETTINGS = RolloutSettings(prompts=3, group=4, max_new_tokens=6, expert_rows=2)
 
 
@@ -255,7 +255,7 @@ def test_rehearsal_keeps_the_answers_that_are_fully_right(format, monkeypatch):
     drawn = source(format, JUDGMENTS[:5], [], max_new_tokens=100)
     texts = [gold_text(format, judgment) for judgment in JUDGMENTS[:5]]
     facts = JUDGMENTS[0].explanation.facts
-    texts[0] = texts[0].replace(f"Doc: {facts[0]}", "Doc: my own words")
+    texts[0] = texts[0].replace(f" | {facts[0]} | ", " | my own words | ", 1)
     texts[1] = wrong(JUDGMENTS[1]) + texts[1][1:]
     texts[2] = texts[2].replace("Rule", "rule")
     calls = []

@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,8 +15,7 @@ import transformers
 from afrl_jax import score
 from afrl_jax.calibration import Calibration
 from afrl_jax.data.readers import read_pairs
-from afrl_jax.export import export_model
-from lm_jax.weights import write_weights
+from afrl_jax.decision import MOST_PROBABLE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 ROWS = [
@@ -23,34 +23,6 @@ ROWS = [
     {"query": "robots", "document": "Sourdough at home", "note": ["ñ", 1.5, None]},
     {"query": "robots", "context": "chess", "document": {"title": "robots", "text": "at home", "minutes": 24}},
 ]
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory, tiny_model):
-    """A relevance model's folder, calibrated, and the model."""
-    folder, model = tmp_path_factory.mktemp("run") / "export", tiny_model("llama")
-    export_model(
-        folder,
-        model.parameters,
-        model.config,
-        model.format,
-        calibration=model.calibration,
-        threshold=model.threshold,
-        golden=[],
-        figures={},
-        config={},
-        title="tiny",
-    )
-    return folder, model
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory, tiny_model):
-    """Any Hugging Face causal model: no relevance.json."""
-    folder, model = tmp_path_factory.mktemp("causal"), tiny_model("qwen2")
-    write_weights(folder, model.config, model.parameters)
-    model.format.tokenizer.save(folder)
-    return folder
 
 
 def write(path, rows):
@@ -143,18 +115,72 @@ def test_chunks_are_invisible_and_the_output_appears_whole(export, tmp_path, mon
     for name in ("probabilities", "expected_grade"):
         np.testing.assert_allclose([r[name] for r in chunked], [r[name] for r in whole], atol=1e-5)
 
-    chunks = score.score_chunks
 
-    def broken(*arguments):
-        yield next(chunks(*arguments))
-        assert (tmp_path / "scores.jsonl.partial").exists()
-        raise KeyboardInterrupt
+KILLED = """if True:
+    import os, sys
+    from afrl_jax import score
+    score.CHUNK, left, fsync = 4, int(sys.argv[1]), os.fsync
 
-    monkeypatch.setattr(score, "score_chunks", broken)
-    before = (tmp_path / "scores.jsonl").read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, folder, rows[:5])
-    assert (tmp_path / "scores.jsonl").read_bytes() == before
+    def dying(file):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        fsync(file)
+
+    os.fsync = dying
+    score.main(sys.argv[2:])
+"""
+
+
+def test_killed_it_goes_on_without_a_lost_or_repeated_row(export, tmp_path, monkeypatch, capsys):
+    """Each chunk is three fsyncs: the first death is inside the first chunk, the second inside the third."""
+    folder, _ = export
+    rows = [{"i": i, "query": "robots " * (i % 3 + 1), "title": "chess " * (i % 5 + 1)} for i in range(18)]
+    rows[1], rows[9] = {"i": 1, "query": "robots"}, {"i": 9, "query": "", "title": "chess"}
+    source, output = write(tmp_path / "pairs.jsonl", rows), tmp_path / "killed.jsonl"
+    arguments = [f"--model={folder}", f"--input={source}", f"--output={output}", "--explain=0.25"]
+    for deaths, chunks in ((1, None), (8, 2)):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(deaths), *arguments], cwd=REPOSITORY, check=False)
+        assert done.returncode == -9 and not output.exists()
+        progress = output.with_name("killed.jsonl.progress")
+        assert (json.loads(progress.read_text())["chunks"] if progress.exists() else None) == chunks
+    with pytest.raises(SystemExit):
+        score.main([*arguments, "--include_prompt_ids"])
+    assert "include_prompt_ids was False, is True" in capsys.readouterr().err
+    monkeypatch.setattr(score, "CHUNK", 5)  # a chunk may be another after a restart
+    score.main(arguments)
+    whole = run(tmp_path, folder, source, "--explain=0.25")
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["i"] for row in found] == [row["i"] for row in whole] == [i for i in range(18) if i not in (1, 9)]
+    assert [row["i"] for row in found if "explanation" in row] == [3, 7, 11, 15]
+    for row, same in zip(found, whole, strict=True):
+        np.testing.assert_allclose(row.pop("probabilities"), same.pop("probabilities"), atol=1e-5)
+        assert row["grade"] == same["grade"] and row.get("explanation") == same.get("explanation")
+        assert row.get("explanation", row["grade"]).startswith(row["grade"])
+    bad = [json.loads(line) for line in (tmp_path / "killed.jsonl.bad.jsonl").read_text().splitlines()]
+    assert [row["values"]["i"] for row in bad] == [1, 9]
+    assert "pairs.jsonl:2: document: " in bad[0]["reason"] and "pairs.jsonl:10: query: " in bad[1]["reason"]
+    assert len(list(tmp_path.glob("killed*"))) == 2
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_each_process_scores_its_own_rows(export, tmp_path, monkeypatch, parts):
+    """Of three processes, one after the other here; and their Parquet, one part behind the other, is the whole."""
+    folder, _ = export
+    rows = [{"i": i, "query": "robots", "title": "chess " * (i % 5 + 1)} for i in range(10)] + [{"query": 3}]
+    source = write(tmp_path / "pairs.jsonl", rows)
+    monkeypatch.setattr(jax, "process_count", lambda: parts)
+    found = []
+    for part in range(parts):
+        monkeypatch.setattr(jax, "process_index", lambda part=part: part)
+        score.main([f"--model={folder}", f"--input={source}", f"--output={tmp_path / 'scores.parquet'}"])
+        name = "scores.parquet" if parts == 1 else f"scores.{part}-of-3.parquet"
+        found.append(pyarrow.parquet.read_table(tmp_path / name).to_pylist())
+    assert [len(part) for part in found] == ([10] if parts == 1 else [3, 4, 3])
+    assert [row["i"] for part in found for row in part] == list(range(10))
+    assert np.sum([row["probabilities"] for part in found for row in part]) == pytest.approx(10)
+    assert len(list(tmp_path.glob("*.bad.jsonl"))) == 1
 
 
 def test_parquet_comes_in_as_well(export, tmp_path):
@@ -163,14 +189,14 @@ def test_parquet_comes_in_as_well(export, tmp_path):
     assert len(run(tmp_path, export[0], tmp_path / "pairs.parquet")) == 3
 
 
-def test_bad_rows_are_named_before_the_model_is_read(tmp_path, capsys):
-    rows = [*ROWS, {"query": "", "title": "x"}, {"query": "robots"}, {"query": 4, "title": "x"}]
+def test_a_file_without_a_pair_is_refused_before_the_model_is_read(tmp_path, capsys):
+    rows = [{"query": "", "title": "x"}, {"query": "robots"}, {"query": 4, "title": "x"}]
     told = refused(capsys, tmp_path, tmp_path / "no such model", rows)
-    for line, field in ((4, "query"), (5, "document"), (6, "query")):
+    for line, field in ((1, "query"), (2, "document"), (3, "query")):
         assert f"pairs.jsonl:{line}: {field}: " in told
     assert "no such model" not in told
-    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "title": "b"}\n{"query"\n')
-    assert "pairs.jsonl:2: not valid JSON" in refused(capsys, tmp_path, "none", tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text('{"query"\n')
+    assert "pairs.jsonl:1: not valid JSON" in refused(capsys, tmp_path, "none", tmp_path / "pairs.jsonl")
     (tmp_path / "pairs.jsonl").write_text("")
     assert "holds no row" in refused(capsys, tmp_path, "none", tmp_path / "pairs.jsonl")
 
@@ -196,11 +222,14 @@ def test_wrong_arguments_are_told_in_one_message(export, causal, tmp_path, capsy
             score.main([f"--model={causal}", f"--input={source}", f"--output={output}"])
         assert "is a folder or the input itself" in capsys.readouterr().err
     assert len(source.read_text().splitlines()) == 3
+    assert "--explain: a share" in refused(capsys, tmp_path, causal, ROWS, "--explain=2")
 
 
 def test_calibration_of_one_label_moves_the_grade(tmp_path, tiny_model):
-    model = tiny_model("llama", calibration=Calibration(1.0, (0.0, 50.0, 0.0)), threshold=None)
-    rows = next(score.score_chunks(model, read_pairs(write(tmp_path / "pairs.jsonl", ROWS)), False))
+    model = tiny_model("llama", calibration=Calibration(1.0, (0.0, 50.0, 0.0)), decision=MOST_PROBABLE)
+    numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", ROWS))))
+    rows, bad = score.score_chunk(model, numbered, False, 0.0)
+    assert bad == []
     assert [row["grade"] for row in rows] == ["2"] * 3
     assert [row["expected_grade"] for row in rows] == pytest.approx([2.0] * 3)
 

@@ -1,4 +1,4 @@
-"""The program, watched: `python watched_run.py EVENTS DEATH --config=... --workdir=...`.
+"""The program, watched: `python watched_run.py EVENTS DEATH --config=... --workdir=...`; maybe one of many processes.
 
 At its end EVENTS holds a JSON list of what happened, in order: ["compiled", function] and ["logged", stage, step].
 At the moment that DEATH names, the process is ended as by `kill -9`:

@@ -22,9 +22,7 @@ from lm_jax.tokenizer import train_tokenizer
 
 INSTRUCTION = clips.instruction()
 JUDGMENTS = list(clips.judgments(0, "train", 12, 6))
-TEXTS = [
-    DomainText((f"text number {number} is", " about robots and chess" * (1 + number % 4))) for number in range(10)
-]
+TEXTS = [DomainText((f"text number {number} is", " about robots and chess" * (1 + number % 4))) for number in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,8 @@ def test_an_epoch_holds_every_judgment_once_and_loses_no_token(format):
     for judgment in JUDGMENTS:
         (prompt,) = format.encode_prompts([(judgment.query, judgment.document)])
         answer, _ = format.encode_answer(judgment)
-        expected[tuple(prompt.tokens.tolist() + answer[:-1].tolist()), tuple(answer.tolist())] += 1
+        targets = [*answer.tolist(), *format.encode_evidence(judgment, prompt.document)[1].tolist()]
+        expected[tuple(prompt.tokens.tolist() + answer[:-1].tolist()), tuple(targets)] += 1
     for start in (0, 1):
         found, step, rows = collections.Counter(), 0, 0
         while sum(found.values()) < (start + 1) * len(JUDGMENTS):
@@ -100,7 +99,7 @@ def test_at_and_label_at_point_to_what_predicts_the_answer(format):
 
 
 def test_a_judgment_without_explanation_trains_its_label_alone(format):
-    bare = [dataclasses.replace(judgment, explanation=None, rules=()) for judgment in JUDGMENTS]
+    bare = [dataclasses.replace(judgment, explanation=None, rules=(), evidence={}) for judgment in JUDGMENTS]
     groups = judgment_groups(format, bare)
     shape = sft_row_shape(groups, 256, 4)
     assert shape.targets < 64
@@ -126,6 +125,20 @@ def test_any_step_is_the_same_however_it_is_reached(format):
             if number >= 7:
                 np.testing.assert_array_equal(resumed[number - 7][name], x)
     assert not np.array_equal(dataset(2)[0]["tokens"], straight[0]["tokens"])
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_the_pieces_of_two_processes_are_the_batch(format, rows):
+    groups = judgment_groups(format, JUDGMENTS)
+    shape = sft_row_shape(groups, 256, 4)
+    make = lambda share: row_batches([(groups, 1.0)], shape, rows=rows, branches_together=2, seed=0, share=share)
+    for step, batch in enumerate(itertools.islice(from_step(make((0, 1)), 5), 3), start=5):
+        pieces = [next(iter(from_step(make((index, 2)), step))) for index in range(2)]
+        assert all(len(piece["tokens"]) == rows // 2 for piece in pieces)
+        for name, x in batch.items():
+            np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), x)
+    with pytest.raises(ValueError, match=f"{rows} rows a batch cannot be dealt to 3 processes evenly"):
+        make((0, 3))
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
@@ -155,6 +168,42 @@ def test_learned_pieces_are_predicted_and_long_texts_go_on_in_another_row(format
     batch = row_batches([(groups, 1.0)], shape, rows=len(groups), branches_together=1, seed=0)[0]
     assert batch["explanation_weight"].sum() == sum(expected) + len(encoded[1]) - 1
     assert not batch["label_unit"].any()
+
+
+def test_asides_are_predicted_where_they_stand_and_never_read(format):
+    encode = format.tokenizer.encode
+    text = DomainText(("robots", " chess", " and chess", " robots", " met", " robots"), asides=True)
+    (group,) = text_groups(format.tokenizer, [text], 20)
+    (branch,) = group.branches
+    first, second, third = (encode(text.pieces[i]) for i in (0, 2, 4))
+    answer = encode(" robots")
+    assert branch.inputs.tolist() == [*first, *second, *third, *answer]
+    ends = [len(first) - 1, len(first) + len(second) - 1]
+    last = len(branch.inputs) - len(answer) - 1
+    assert branch.places.tolist() == [*range(last, len(branch.inputs)), *ends]
+    assert branch.targets.tolist() == [*answer, format.tokenizer.eos, encode(" chess")[0], encode(" robots")[0]]
+    # the answer's first token is the grade; what follows it, the end of text too, is the reason
+    assert branch.token_values["explanation_weight"].tolist() == [1.0] + [0.25] * len(answer) + [1.0, 1.0]
+
+
+def test_a_pair_asks_the_end_of_each_field_for_its_verdict(format):
+    judgment = JUDGMENTS[0]
+    (group,) = judgment_groups(format, [judgment])
+    (branch,) = group.branches
+    answer, segments = format.encode_answer(judgment)
+    places, words = branch.places[len(answer) :], branch.targets[len(answer) :]
+    texts = [format.tokenizer.decode(branch.inputs[: place + 1]) for place in places]
+    fields = judgment.document.fields
+    assert [text.split("\n")[-1] for text in texts] == [f"{name}: {value}" for name, value in fields.items()]
+    said = [" free" if found is None else f" {found}" for found in judgment.evidence.values()]
+    assert words.tolist() == [format.tokenizer.encode(word)[0] for word in said]
+    np.testing.assert_array_equal(branch.targets[: len(answer)], answer)
+    document = len(branch.inputs) - len(answer) + 1
+    np.testing.assert_array_equal(branch.places[: len(answer)], np.arange(document - 1, len(branch.inputs)))
+    assert branch.token_values["label_weight"].sum() == 1 and branch.token_values["label_weight"][0] == 1
+    short = AnswerFormat(format.tokenizer, format.instruction, max_document_tokens=places[2] + 3, show_rules=False)
+    (group,) = judgment_groups(short, [judgment])  # the third field is whole, the fourth is cut
+    assert group.branches[0].places[len(answer) :].tolist() == places[:3].tolist()
 
 
 @pytest.mark.parametrize("row_tokens", [256, 400])

@@ -5,21 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from afrl_jax import answer_format
+from afrl_jax.answer_format import parse_answer
 from afrl_jax.data import clips
-from afrl_jax.data.clips_catalogue import FEATURES, Clip
-from afrl_jax.data.clips_queries import (
-    GENERIC_NOUNS,
-    MAXIMUM_WORDS,
-    OPENERS,
-    SPLITS,
-    TYPOS,
-    phrases,
-    split_of_intent,
-    values,
-)
-from afrl_jax.data.clips_rules import ATTRIBUTES, RULES, Constraint, Intent
-from afrl_jax.schema import Document
+from afrl_jax.data.clips_catalogue import CATEGORY_OF_TOPIC
+from afrl_jax.data.clips_queries import MAXIMUM_WORDS, SPLITS, TYPOS, phrases, split_of_intent, values
+from afrl_jax.data.clips_reading import read_document, read_query
+from afrl_jax.data.clips_rules import ATTRIBUTES, RULES, Constraint
 
 PAIRS = 8000
 
@@ -37,49 +28,6 @@ def unseen():
 def shares(items) -> dict:
     counts = collections.Counter(items)
     return {item: count / counts.total() for item, count in counts.items()}
-
-
-# An oracle that reads only what a model reads.
-
-PHRASES = {words: Constraint(name, value) for name in ATTRIBUTES for value in values(name)
-           for _, words in phrases(Constraint(name, value))}  # fmt: skip
-SPELLING = {typo: word for word, typo in TYPOS.items()}
-
-
-def read_query(text: str) -> Intent:
-    words = [SPELLING.get(word, word) for word in text.split()]
-    opener = next((opener for opener in OPENERS if text.startswith(opener + " ")), "")
-    words = words[len(opener.split()) :]
-    found = {}
-    while words:
-        for size in range(min(5, len(words)), 0, -1):
-            if constraint := PHRASES.get(" ".join(words[:size])):
-                assert constraint.attribute not in found
-                found[constraint.attribute] = constraint
-                break
-        else:
-            size = 1
-            assert words[0] in GENERIC_NOUNS, f"{words[0]!r} in {text!r} means nothing"
-        words = words[size:]
-    return Intent(tuple(found[name] for name in ATTRIBUTES if name in found))
-
-
-def read_document(document) -> Clip:
-    fields = dict(document.fields)
-    number = {name: int(fields[name]) if name in fields else None for name in ("minutes", "year", "season", "episode")}
-    has = fields.get("has")
-    return Clip(
-        title=document.title,
-        topic=fields["topic"].split(", ")[0],
-        kind=fields["kind"],
-        creator=fields.get("by"),
-        language=fields.get("language"),
-        level=fields.get("level"),
-        audience=fields.get("for"),
-        features=None if has is None else tuple(name for name in has.split(", ") if name in FEATURES),
-        series=fields.get("series"),
-        **number,
-    )
 
 
 def test_the_texts_alone_decide_every_pair(natural, unseen):
@@ -180,7 +128,7 @@ def test_rule_balance_evens_out_the_rules(natural):
 def test_difficulty_zero_is_plain():
     plain = [clips.query_case(0, "train", index, 2, difficulty=0.0) for index in range(300)]
     assert max(len(intent.constraints) for intent, _, _ in plain) == 3  # a series, its season, its episode
-    assert not any(word in SPELLING for _, text, _ in plain for word in text.split())
+    assert not any(word in TYPOS.values() for _, text, _ in plain for word in text.split())
     natural = [clips.query_case(0, "train", index, 2) for index in range(300)]
     sizes = [sum(len(intent.constraints) for intent, _, _ in cases) for cases in (plain, natural)]
     assert sizes[1] > 1.3 * sizes[0]
@@ -224,47 +172,60 @@ def test_instruction_is_short():
     assert instruction.scale.labels == ("0", "1", "2", "3")
 
 
-def test_domain_texts_show_a_clip_as_prompts_do():
-    texts = (text.text for text in clips.domain_texts(0, "train", 10))
-    text = next(text for text in texts if text.startswith("Document: "))
-    lines = [line for line in text.split("\n") if not re.search(r"\? .*, \w+$", line)]
-    fields = dict(line.split(": ", 1) for line in lines[1:])
-    document = Document(doc_id="", title=lines[0].removeprefix("Document: "), fields=fields)
-    assert "Document: " + answer_format.render_document(document) == "\n".join(lines)
-
-
-def test_domain_texts_are_checks_and_needs_that_hold():
-    drawn = list(clips.domain_texts(0, "dev", 300))
-    assert drawn == list(clips.domain_texts(0, "dev", 300)) and drawn[:50] == list(clips.domain_texts(0, "dev", 50))
-    assert drawn != list(clips.domain_texts(1, "dev", 300))
-    texts = [text.text for text in drawn]
-    learned = re.compile(r"(?:Match|Doc|Need):(.*)|\?( .*, \w+)$", re.MULTILINE)
+def test_domain_texts_are_small_prompts_that_the_judge_would_grade_so():
+    drawn = list(clips.domain_texts(0, "dev", 400))
+    assert drawn == list(clips.domain_texts(0, "dev", 400)) and drawn[:50] == list(clips.domain_texts(0, "dev", 50))
+    assert drawn != list(clips.domain_texts(1, "dev", 400))
+    verdicts, unasked, graded, explained = collections.Counter(), collections.Counter(), 0, 0
     for text in drawn:
-        assert [a + b for a, b in learned.findall(text.text)] == [piece.rstrip("\n") for piece in text.pieces[1::2]]
-    checks = [text for text in texts if text.startswith("Document: ")]
-    queries = [text for text in texts if "\nNeed: " in text]
-    matches = [text for text in texts if "\nMatch: " in text]
-    assert len(checks) + len(queries) + len(matches) == 300 and min(map(len, (checks, queries, matches))) > 30
-    for text in queries:
-        for query, need in re.findall(r"Query: (.*)\nNeed: (.*)", text):
-            assert "; ".join(constraint.need for constraint in read_query(query).constraints) == need
-    verdicts = collections.Counter()
-    for text in matches:
-        for query, card, match, facts in re.findall(r"Query: (.*)\n([^?]*?)\nMatch: (.*)\nDoc: (.*)", text):
-            verdicts.update(match.split("; "))
-            assert [fact == "not stated" for fact in facts.split("; ")] == [
-                verdict == "unknown" for verdict in match.split("; ")
-            ]
-            if topic := re.fullmatch(r"topic (\w+)", query):
-                assert match == ("met" if f"topic: {topic[1]}," in card else "violated")
-    for text in checks:
-        for question, fact, verdict in re.findall(r"(.*)\? (.*), (\w+)$", text, re.MULTILINE):
-            verdicts[verdict] += 1
-            assert (fact == "not stated") == (verdict == "unknown")
-            under = re.fullmatch(r"(?:under|less than) (\d+) minutes", question)
-            if under and (stated := re.search(r"^minutes: (\d+)$", text, re.MULTILINE)):
-                assert (verdict == "met") == (int(stated[1]) < int(under[1]))
-    assert verdicts["met"] > 500 and verdicts["violated"] > 500 and verdicts["unknown"] > 100
+        assert text.asides
+        shown = "".join((*text.pieces[:-1:2], text.pieces[-1]))
+        query, card, grade, reason = re.fullmatch(
+            r"Query: (.*)\nDocument: ((?:.*\n)*?)Grade: (\d)(\nMatch: (?:.*\n)*.*)?", shown
+        ).groups()
+        fields = re.findall(r"^([a-z]+): (.*)$", card, re.MULTILINE)
+        asides = [aside.strip() for aside in text.pieces[1:-1:2]]
+        assert len(asides) == len(fields)
+        assert all(
+            given.endswith(f"{name}: {value}") for given, (name, value) in zip(text.pieces[::2], fields, strict=False)
+        )
+        unasked[asides.count("free")] += 1
+        verdicts.update(asides)
+        if reason:
+            parsed = parse_answer(f"{grade}{reason}", "0123")
+            assert parsed.verdict == parsed.label
+            assert set(asides) - {"free"} <= set(parsed.explanation.verdicts)  # what is not stated has no field
+            explained += 1
+        if (topic := re.fullmatch(r"topic (\w+)", query)) and topic[1] in CATEGORY_OF_TOPIC:  # not misspelled
+            meets = f"topic: {topic[1]}," in card
+            assert asides[0] == ("met" if meets else "violated")
+            if not meets:
+                same = CATEGORY_OF_TOPIC[topic[1]] == dict(fields)["topic"].split(", ")[1]
+                assert grade == ("1" if same else "0")
+                graded += 1
+    assert graded > 3 and set(unasked) == {0, 1, 2}
+    assert verdicts["met"] > 250 and verdicts["violated"] > 250 and 90 < explained < 150
+
+
+def test_domain_texts_ask_for_no_more_than_their_size():
+    for text in clips.domain_texts(0, "dev", 100, size=1):
+        assert text.pieces[-1].count(";") == 0
+    assert max(text.pieces[-1].count(";") for text in clips.domain_texts(0, "dev", 200)) == 3
+    with pytest.raises(ValueError, match="size"):
+        list(clips.domain_texts(0, "dev", 1, size=0))
+
+
+def test_evidence_is_the_verdict_of_the_constraint_that_asks_for_the_field(natural):
+    seen = collections.Counter()
+    for judgment in natural[:2000]:
+        assert list(judgment.evidence) == list(judgment.document.fields)
+        for need, verdict in zip(judgment.explanation.need, judgment.explanation.verdicts, strict=True):
+            attribute, _, value = need.partition(" ")
+            if attribute in ("language", "level", "kind"):
+                assert (verdict == "unknown") == (attribute not in judgment.evidence)
+                assert judgment.evidence.get(attribute, verdict) in (verdict, "violated")
+        seen.update(judgment.evidence.values())
+    assert seen["met"] > 1000 and seen["violated"] > 1000 and seen[None] > 1000
 
 
 def test_catalogue_grows_without_changing_its_beginning():

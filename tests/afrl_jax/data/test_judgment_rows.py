@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -198,6 +199,23 @@ def test_what_is_written_is_read_back_exactly(tmp_path):
         "doc_id": "b",
         "grade": "bad",
     }
+
+
+def test_pairs_that_nobody_judged_are_read_where_the_source_says_so(tmp_path):
+    rows = with_changes(JUDGMENTS, 1, grade=None)
+    del rows[2]["grade"]
+    source = write_folder(tmp_path, judgments=rows)
+    told = problems_of(source)
+    assert [problem.partition("judgments.jsonl:")[2][:8] for problem in told] == ["2: grade", "3: grade"]
+    expected = [EXPECTED[0], *(dataclasses.replace(each, grade=None) for each in EXPECTED[1:])]
+    assert read_judgments(source | {"unjudged": True}, SCALE) == expected
+    write_judgments(tmp_path / "copy", expected, SCALE)
+    assert read_judgments({"path": tmp_path / "copy", "unjudged": True}, SCALE) == expected
+    write_folder(tmp_path, judgments=[*rows[:1], rows[1] | {"rules": [4]}, rows[2] | {"explanation": REASON}])
+    told = problems_of(source | {"unjudged": True})
+    assert [problem.partition("judgments.jsonl:")[2] for problem in told] == [
+        "2: rules: a pair without a grade has none", "3: explanation: a pair without a grade has none",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

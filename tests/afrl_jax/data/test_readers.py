@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from afrl_jax.data.readers import count_repeated_pairs, read_judgments, read_pairs
-from afrl_jax.data.tables import DataError
+from afrl_jax.data.tables import DataError, FileError
 from afrl_jax.schema import Document, Judgment, Query, Scale
 
 SHARED = Path(os.environ.get("AFRL_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
@@ -37,7 +37,7 @@ def problems_of(source: dict, scale: Scale = SCALE) -> list[str]:
     ("source", "message"),
     [
         ({"format": "csv"}, "format: 'csv' is unknown; it is one of folder, trec, esci"),
-        ({"pat": "x"}, "needs path and may have documents, grades, thresholds; got pat"),
+        ({"pat": "x"}, "needs path and may have documents, unjudged, grades, thresholds; got pat"),
         ({"format": "trec", "topics": "x"}, "needs topics, qrels, documents"),
         ({"format": "trec", "topics": "x", "qrels": "y", "documents": "z", "path": "w"}, "got topics, qrels, docum"),
         ({"format": "esci", "examples": "x", "products": "y"}, "raw grades of each of the 3 labels, got ('I', "),
@@ -230,7 +230,7 @@ def test_pairs_to_score(tmp_path):
     ]
 
 
-def test_bad_pairs_are_all_named_before_the_first_is_handed_out(tmp_path):
+def test_bad_pairs_stand_in_their_places_with_the_reason(tmp_path):
     rows = [
         {"query": "ball", "title": "Ball"},
         {"title": "Ball"},
@@ -241,8 +241,9 @@ def test_bad_pairs_are_all_named_before_the_first_is_handed_out(tmp_path):
         "{",
         {"query": "ball", "title": "Ball", "query_id": [1]},
     ]
-    with pytest.raises(DataError) as caught:
-        read_pairs(write_lines(tmp_path / "pairs.jsonl", rows))
+    first, *found = read_pairs(write_lines(tmp_path / "pairs.jsonl", rows + ["{"] * 30 + rows[:1]))
+    assert first == found.pop() and first.document.title == "Ball"
+    assert all(row.reason.startswith(f"{tmp_path}/pairs.jsonl:{9 + n}: not") for n, row in enumerate(found[7:]))
     expected = [
         "2: query: missing or null; the row has title",
         "3: document: a pair has either document, or title and/or text; got none",
@@ -252,13 +253,14 @@ def test_bad_pairs_are_all_named_before_the_first_is_handed_out(tmp_path):
         "7: not valid JSON: ",
         "8: query_id: must be a non-empty string or a whole number, got [1]",
     ]
-    assert len(caught.value.problems) == len(expected)
-    for problem, start in zip(caught.value.problems, expected, strict=True):
-        assert problem.startswith(f"{tmp_path}/pairs.jsonl:{start}")
-    with pytest.raises(DataError, match="no such file"):
-        read_pairs(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match="holds no row"):
-        read_pairs(write_lines(tmp_path / "empty.jsonl", []))
+    assert len(found) == len(expected) + 30
+    for row, start, values in zip(found[:7], expected, rows[1:], strict=True):
+        assert row.reason.startswith(f"{tmp_path}/pairs.jsonl:{start}")
+        assert row.values == (values if isinstance(values, dict) else None)
+    with pytest.raises(FileError, match="no such file"):
+        list(read_pairs(tmp_path / "absent.jsonl"))
+    with pytest.raises(FileError, match="holds no row"):
+        list(read_pairs(write_lines(tmp_path / "empty.jsonl", [])))
 
 
 @pytest.mark.parametrize(

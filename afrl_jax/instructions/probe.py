@@ -1,0 +1,123 @@
+"""Probe: what a judge says of judged pairs when it is given an instruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from afrl_jax.answer_format import render_document, render_instruction
+from afrl_jax.calibration import Calibration, fit_calibration
+from afrl_jax.decision import MOST_PROBABLE, Decision, fit_decision
+from afrl_jax.evaluation import Predictions, query_numbers
+from afrl_jax.instructions.client import LanguageModel
+from afrl_jax.schema import Document, Instruction, Judgment, Query
+from afrl_jax.scoring import RelevanceModel
+
+Pairs = Sequence[tuple[Query, Document]]
+
+
+class Graded(NamedTuple):
+    """Probabilities of the grades, float64 [N, C], and the decision that makes a grade of them."""
+
+    probabilities: np.ndarray
+    decision: Decision = MOST_PROBABLE
+
+
+class Judge(Protocol):
+    """Anything that grades pairs as an instruction says."""
+
+    def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
+        """Grades of N pairs; the same arguments give the same grades."""
+
+
+class ModelJudge:
+    """A relevance model as judge, the instruction in its prompt.
+
+    Args:
+        calibration: judged pairs, of other queries than those graded, on which calibration and decision are fitted
+            anew for each instruction. A zero-shot model needs them; without, the model's own probabilities stand.
+    """
+
+    def __init__(self, model: RelevanceModel, calibration: Sequence[Judgment] = ()):
+        self._model, self._calibration = model, calibration
+
+    def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
+        """See `Judge`."""
+        found = self._logprobs(pairs, instruction)
+        if not self._calibration:
+            return Graded(Calibration.identity(found.shape[1]).apply(found))
+        held = self._logprobs([(j.query, j.document) for j in self._calibration], instruction)
+        gold = np.array([judgment.grade for judgment in self._calibration])
+        fitted = fit_calibration(held, gold)
+        return Graded(fitted.apply(found), fit_decision(fitted.apply(held), gold, query_numbers(self._calibration)))
+
+    def _logprobs(self, pairs: Pairs, instruction: Instruction) -> np.ndarray:
+        told = [(dataclasses.replace(query, instruction=instruction), document) for query, document in pairs]
+        return self._model.label_logprobs(told)
+
+
+class LanguageModelJudge:
+    """A language model as judge: it is asked for the label alone. An answer that is no label is every grade alike."""
+
+    def __init__(self, model: LanguageModel, max_tokens: int = 8):
+        self._model, self._max_tokens = model, max_tokens
+
+    def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
+        """See `Judge`."""
+        labels = instruction.scale.labels
+        head = f"{render_instruction(instruction)}\nAnswer with one of {', '.join(labels)} and nothing else."
+        prompts = [f"{head}\n\nQuery: {query.text}\nDocument: {render_document(doc)}\nGrade:" for query, doc in pairs]
+        answers = self._model.complete(prompts, max_tokens=self._max_tokens)
+        probabilities = np.full((len(prompts), len(labels)), 1 / len(labels))
+        for row, answer in zip(probabilities, answers, strict=True):
+            if (said := answer.text.strip().strip(".")) in labels:
+                row[:] = np.eye(len(labels))[labels.index(said)]
+        return Graded(probabilities)
+
+
+class Probe:
+    """Grades fixed sets of judgments under any instruction and remembers what was found, in memory and on disk.
+
+    The folder belongs to one judge and these sets: a run's config sees to that.
+
+    Args:
+        sets: name -> judgments. Recall is told by deciding rule, or where data have no rules by grade.
+    """
+
+    def __init__(self, judge: Judge, sets: dict[str, Sequence[Judgment]], folder: Path):
+        self.sets, self._judge, self._folder = sets, judge, folder
+        self.pairs_graded = 0
+
+    def __call__(self, name: str, instruction: Instruction) -> Predictions:
+        """Predictions of the judge on the set of that name."""
+        judgments = self.sets[name]
+        file = self._folder / f"{name}.{digest(instruction)}.npz"
+        if not file.exists():
+            graded = self._judge.grade([(j.query, j.document) for j in judgments], instruction)
+            self.pairs_graded += len(judgments)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial.npz")
+            np.savez(partial, probabilities=graded.probabilities, decision=graded.decision.to_json())
+            partial.replace(file)
+        with np.load(file) as found:
+            probabilities, decision = found["probabilities"], Decision.from_json(str(found["decision"]))
+        ruled = all(judgment.rules for judgment in judgments)
+        return Predictions(
+            query_index=query_numbers(judgments),
+            grade=np.array([judgment.grade for judgment in judgments]),
+            probabilities=probabilities,
+            decision=decision,
+            rule=np.array([judgment.rules[0] if ruled else judgment.grade for judgment in judgments]),
+        )
+
+
+def digest(instruction: Instruction) -> str:
+    """First 16 hex digits of the SHA-256 of what the instruction says."""
+    text = json.dumps(dataclasses.asdict(instruction), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Recheck: whether an edited instruction stands, by a paired bootstrap on new pairs and by recall on frozen ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from afrl_jax.evaluation import Predictions, paired_bootstrap
+from afrl_jax.ranking_metrics import macro_f1
+from afrl_jax.schema import Instruction
+from lm_jax.bootstrap import Difference
+
+METRIC = "macro_f1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """When an edit stands: `METRIC` on dev_new rises with two-sided bootstrap p of at most `p`, and no rule's recall on
+    dev_replay, of the rules that decide at least `least_pairs` there, falls by more than `epsilon`."""
+
+    p: float = 0.1
+    epsilon: float = 0.1
+    least_pairs: int = 5
+    most_words: int = 400  # of all rules: the length budget
+    resamples: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of an edit. `difference` on dev_new and `worst`, the rule whose recall on dev_replay fell most and by
+    how much, are None where it did not come to that."""
+
+    accepted: bool
+    reason: str
+    difference: Difference | None = None
+    worst: tuple[int, float] | None = None
+
+
+def score(predictions: Predictions) -> float:
+    """`METRIC` of the decided grades."""
+    return float(macro_f1(predictions.confusion))
+
+
+def rises(before: Predictions, after: Predictions, rule: Rule, *, shortens: bool, seed: int) -> Verdict:
+    """The first half, on dev_new. An edit that only shortens (a merge) need not raise the metric, but may not lower it.
+
+    `accepted` says that dev_replay decides.
+    """
+    found = paired_bootstrap(before, after, seed=seed, resamples=rule.resamples, metrics=(METRIC,))
+    difference = found[METRIC]
+    if shortens:
+        return Verdict(difference.value >= 0, "dev_new falls" if difference.value < 0 else "", difference)
+    if difference.value <= 0:
+        return Verdict(False, "dev_new does not rise", difference)
+    if difference.p > rule.p:
+        return Verdict(False, f"dev_new may have risen by chance: p {difference.p:.3f}", difference)
+    return Verdict(True, "", difference)
+
+
+def worst_fall(before: Predictions, after: Predictions, least_pairs: int) -> tuple[int, float] | None:
+    """The rule whose recall fell most and by how much (negative: even it rose); None where no rule has enough pairs."""
+    right_before, right_after = before.predicted == before.grade, after.predicted == after.grade
+    falls = []
+    for number in np.unique(before.rule):
+        of_rule = before.rule == number
+        if of_rule.sum() >= least_pairs:
+            falls.append((float(right_before[of_rule].mean() - right_after[of_rule].mean()), int(number)))
+    return max(falls)[::-1] if falls else None
+
+
+def keeps(verdict: Verdict, before: Predictions, after: Predictions, rule: Rule) -> Verdict:
+    """The second half, on dev_replay, of a verdict that the first half accepted."""
+    worst = worst_fall(before, after, rule.least_pairs)
+    if worst and worst[1] > rule.epsilon:
+        reason = f"recall of rule {worst[0]} on dev_replay falls by {worst[1]:.3f}"
+        return dataclasses.replace(verdict, accepted=False, reason=reason, worst=worst)
+    return dataclasses.replace(verdict, worst=worst)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A member of the Pareto pool: an instruction that passed Recheck, its scores, and its words."""
+
+    instruction: Instruction
+    new: float
+    replay: float
+    words: int
+
+    def dominates(self, other: Kept) -> bool:
+        """At least as good in all three, and better in one."""
+        ours, theirs = ((m.new, m.replay, -m.words) for m in (self, other))
+        return ours != theirs and all(a >= b for a, b in zip(ours, theirs, strict=True))
+
+
+def pareto(pool: Sequence[Kept]) -> list[Kept]:
+    """The members that no other dominates, the best on dev_new first; of equal ones the first."""
+    unique = {member.instruction: member for member in reversed(pool)}.values()
+    kept = [member for member in unique if not any(other.dominates(member) for other in unique)]
+    return sorted(kept, key=lambda member: (-member.new, member.words))

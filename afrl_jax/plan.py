@@ -1,0 +1,221 @@
+"""The programs of a recipe, for `lm_jax.plan_table`: every stage's step with shapes that follow from the config alone.
+
+No data, weights or tokenizer are opened. Prompts are taken to be as long as `Lengths` says, documents as long as the
+config lets them be, and the head of a published model is known by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from afrl_jax.batch_plan import plan
+from afrl_jax.data import batches, clips
+from afrl_jax.label_scorer import BATCH_TOKENS, padded
+from afrl_jax.label_step import trace_step
+from afrl_jax.rollouts import rollout_row_shape
+from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, Stage
+from afrl_jax.stage_steps import stage_objective, stage_step
+from lm_jax import train_state
+from lm_jax.config import PRESETS, DecoderConfig
+from lm_jax.decoder import Decoder
+from lm_jax.parameters import shardings, table
+from lm_jax.rows import Branch, Group, RowShape, abstract_batch
+from lm_jax.sample import sample
+from lm_jax.shape import shape_from_fields
+from lm_jax.weights import read_source_config
+from sharding import rules
+from sharding.plan import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of what a row is made of: instruction and query, a document, an answer."""
+
+    query: int
+    document: int
+    answer: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Lengths:
+        """At most 512 tokens of instruction and query, documents and answers as long as the config lets them be."""
+        rows = min((stage.row_tokens for stage in settings.stages), default=1024)
+        answer = min(settings.evaluation.max_new_tokens, rows // 4)
+        query = min(512, rows // 4)
+        return cls(query, min(settings.max_document_tokens, rows - query - answer), answer)
+
+    @property
+    def prompt(self) -> int:
+        return self.query + self.document
+
+
+def programs(settings: Settings, mesh: Mesh) -> list[Program]:
+    """Every step that a run of this config compiles, in the order in which it needs them.
+
+    Raises:
+        ValueError, ConnectionError: a model whose shape cannot be known.
+    """
+    return list(_programs(settings, mesh))
+
+
+def _programs(settings: Settings, mesh: Mesh) -> Iterator[Program]:
+    shapes: dict[str, DecoderConfig] = {}
+    for model in ("teacher", "student"):
+        if any(stage.model == model for stage in settings.stages):
+            shapes[model] = _shape(getattr(settings, model), settings, shapes)
+    labelled = False
+    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
+        if isinstance(stage, DistillStage) and not labelled:
+            yield _scoring("teacher labels", settings, shapes["teacher"], mesh)
+            labelled = True
+        yield from STAGE_PROGRAMS.get(type(stage), _train)(name, stage, settings, shapes[stage.model], mesh)
+    yield _scoring("scoring", settings, shapes[settings.stages[-1].model], mesh)
+
+
+def _shape(model: ModelSettings, settings: Settings, known: Mapping[str, DecoderConfig]) -> DecoderConfig:
+    published = PRESETS.get(PurePath(model.source).name.lower())
+    if model.cut:
+        return dataclasses.replace(known["teacher"], layers=model.cut)
+    if published:
+        return published
+    if model.source:
+        return read_source_config(model.source)
+    return shape_from_fields(model.shape, settings.vocabulary)
+
+
+def _grades(settings: Settings) -> int:
+    return len((settings.instruction or clips.instruction()).scale)
+
+
+def _train(name: str, stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Program]:
+    """The step of a stage whose batches are rows of judged pairs."""
+    lengths = Lengths.of(settings)
+    answer = np.zeros(lengths.answer, np.int32)
+    inputs = np.zeros(lengths.document + lengths.answer - 1, np.int32)
+    group = Group(np.zeros(lengths.query, np.int32), [Branch(inputs, answer, answer, label_values={})])
+    shape = batches.sft_row_shape([group], stage.row_tokens, _grades(settings))
+    if isinstance(stage, DistillStage):
+        teacher = ("teacher_logprob", (_grades(settings),))
+        shape = dataclasses.replace(shape, label_values=(*shape.label_values, teacher))
+    yield _update(name, stage, settings, config, shape, stage.rows, mesh)
+
+
+def _reinforce(name: str, stage: RLStage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Program]:
+    """Rollout prefill, the whole rollout, and the update on what was rolled out."""
+    lengths, rollouts = Lengths.of(settings), stage.rollouts
+    state = _state(stage, settings, config, mesh)
+    parameters = state.parameters
+    answers = rollouts.group * rollouts.max_new_tokens
+    gold = rollouts.max_new_tokens if rollouts.gated else 0
+    tokens = _on(mesh, np.int32, rollouts.prompts, -(-lengths.prompt // 32) * 32)
+    sizes = _on(mesh, np.int32, rollouts.prompts)
+
+    def prefill(parameters, tokens, sizes):
+        decoder = Decoder(config, parameters, dtype=settings.dtype)
+        return decoder.prefill(tokens, sizes, rollouts.group, rollouts.max_new_tokens)
+
+    held = {"weights": parameters, "optimizer": state.optimizer}
+    if stage.kl:
+        held["reference"] = parameters
+    resident = tuple(held.keys() - {"weights"})
+    cache = _cache(config, settings, rollouts.prompts, tokens.shape[1], answers, mesh)
+    yield Program(
+        f"{name}: rollout prefill",
+        lambda remat: jax.jit(prefill).trace(parameters, tokens, sizes),
+        held | {"cache": cache},
+        rollouts.prompts * lengths.prompt,
+        "tokens",
+        resident,
+    )
+    yield Program(
+        f"{name}: rollout, {rollouts.max_new_tokens} tokens",
+        lambda remat: sample.trace(
+            parameters, tokens, sizes, _on(mesh, np.uint32, rollouts.prompts),
+            jax.eval_shape(lambda: jax.random.key(0)), config=config, group=rollouts.group,
+            max_new_tokens=rollouts.max_new_tokens, eos=0, dtype=settings.dtype,
+        ),
+        held | {"cache": cache},
+        rollouts.prompts * answers,
+        "tokens",
+        resident,
+        rollouts.max_new_tokens,
+    )  # fmt: skip
+    shape = rollout_row_shape(lengths.prompt + answers + gold, answers + gold, rollouts.group, _grades(settings))
+    rows = rollouts.prompts + (0 if rollouts.gated else rollouts.expert_rows)
+    yield _update(f"{name}: update", stage, settings, config, shape, rows, mesh)
+
+
+# A kind of stage -> its programs; a kind that is not here trains on rows of judged pairs.
+STAGE_PROGRAMS: dict[type[Stage], Callable[..., Iterator[Program]]] = {RLStage: _reinforce}
+
+
+def _update(
+    name: str, stage: Stage, settings: Settings, config: DecoderConfig, shape: RowShape, rows: int, mesh: Mesh
+) -> Program:
+    objective, coefficients = stage_objective(stage)
+    batch = {key: _on(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, rows).items()}
+    weights = {key: jax.ShapeDtypeStruct((), np.float32) for key in coefficients(0)}
+    state = _state(stage, settings, config, mesh)
+    held: dict[str, Any] = {"weights": state.parameters, "optimizer": state.optimizer, "batch": batch}
+    resident: tuple[str, ...] = ()
+    if isinstance(stage, RLStage) and stage.kl:
+        held, resident = held | {"reference": state.parameters}, ("reference",)
+
+    def trace(remat: str) -> Any:
+        changed = dataclasses.replace(settings, remat=remat)
+        _, step = stage_step(stage, config, objective, tuple(range(_grades(settings))), changed)
+        return step.update.trace(state, batch, weights)
+
+    return Program(name, trace, held, rows * shape.tokens, "tokens", resident)
+
+
+def _scoring(name: str, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
+    """One full batch of one query's documents, as long as they may be."""
+    lengths, rows = Lengths.of(settings), mesh.shape["data"] * mesh.shape["fsdp"]
+    count = rows * max(1, BATCH_TOKENS // lengths.document)
+    batch, *_ = plan([lengths.document] * count, [0] * count, [0] * count, budget=BATCH_TOKENS, rows=rows)
+    parameters = _parameters(config, mesh)
+    trace = functools.partial(
+        trace_step, parameters, config, batch, grades=_grades(settings), prefix_size=padded(lengths.query),
+        dtype=settings.dtype,
+    )  # fmt: skip
+    held = {"weights": parameters, "batch": [_on(mesh, np.int32, rows, batch.tokens)]}
+    return Program(name, lambda remat: trace(), held, len(batch.items), "pairs")
+
+
+def _state(stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:
+    transformation, _ = stage_step(stage, config, stage_objective(stage)[0], (0,), settings)
+    return train_state.abstract_state(_parameters(config, mesh), transformation)
+
+
+def _parameters(config: DecoderConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    places = shardings(config, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=places[name]) for name, row in table(config).items()
+    }
+
+
+def _on(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """An abstract array whose first axis is the batch."""
+    place = rules.sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def _cache(
+    config: DecoderConfig, settings: Settings, prompts: int, tokens: int, answers: int, mesh: Mesh
+) -> list[jax.ShapeDtypeStruct]:
+    """Keys and values of the prompts and of all answer tokens."""
+    found = []
+    for length in (tokens, answers):
+        shape = (config.layers, prompts, length, config.kv_heads, config.head_size)
+        place = rules.sharding(mesh, ("layers", "batch", "length", "kv_heads", "head_size"), shape)
+        found += [jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype), sharding=place)] * 2
+    return found

@@ -1,0 +1,201 @@
+"""Requests of many clients scored together, first come first served, in a queue that has an end.
+
+An idle service waits `wait_seconds` for company for the first request; a busy one gathers what arrives meanwhile. A
+request longer than a batch is scored in turns with the others, so that it holds up nobody for longer than one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+
+FORGET = 0.8  # what a batch leaves of the pairs and seconds counted before it: the rate follows the last few
+
+
+class QueueFull(Exception):
+    """There is no place; `retry_after` is in how many seconds there may be one."""
+
+    def __init__(self, retry_after: float):
+        super().__init__(f"no place for {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass
+class Place:
+    """Room in the queue, given back pair by pair as they are scored, the rest when the request ends."""
+
+    pairs: int
+
+
+@dataclasses.dataclass
+class Scored:
+    """Rows [N, ...] of a request, and where its time went."""
+
+    rows: np.ndarray
+    queue_seconds: float  # until its first pair was taken
+    compute_seconds: float  # of the batches it was in
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    items: Sequence[Any]
+    salt: bytes
+    place: Place
+    done: asyncio.Future[None]
+    since: float
+    taken: int = 0
+    started: float = 0.0
+    compute: float = 0.0
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return len(self.items) - self.taken
+
+
+class Batcher:
+    """Gathers items of requests into batches, which `score` turns into rows on `executor`.
+
+    Args:
+        score: (items, salts) -> rows [N, ...], one an item; runs on the executor.
+        batch_pairs, queue_pairs, wait_seconds: see `Settings`.
+        longest_wait: seconds; nobody is admitted who would have to wait longer, at the present rate.
+        observe: is told of every batch: (pairs, seconds).
+    """
+
+    def __init__(
+        self,
+        score: Callable[[list[Any], list[bytes]], np.ndarray],
+        executor: Executor,
+        *,
+        batch_pairs: int,
+        queue_pairs: int,
+        wait_seconds: float,
+        longest_wait: float,
+        observe: Callable[[int, float], None] = lambda pairs, seconds: None,
+    ):
+        self._score, self._executor, self._observe = score, executor, observe
+        self.batch_pairs, self.queue_pairs = batch_pairs, queue_pairs
+        self.wait_seconds, self.longest_wait = wait_seconds, longest_wait
+        self.held = 0  # pairs that have a place
+        self._queue: collections.deque[_Work] = collections.deque()
+        self._arrived = asyncio.Event()
+        self._recent = (0.0, 0.0)  # pairs, seconds
+
+    @property
+    def expected_wait(self) -> float:
+        """Seconds until all that is held would be scored, at the rate of the last batches; 0 before the first."""
+        pairs, seconds = self._recent
+        return self.held * seconds / pairs if pairs else 0.0
+
+    @contextlib.contextmanager
+    def place(self, pairs: int) -> Iterator[Place]:
+        """Hold room for a request, from before it is tokenized to its end, however it ends.
+
+        Raises:
+            QueueFull: there is not so much room, or it would wait too long. An idle service refuses nobody.
+        """
+        wait = self.expected_wait
+        if self.held and (self.held + pairs > self.queue_pairs or wait > self.longest_wait):
+            raise QueueFull(wait)
+        held = Place(pairs)
+        self.held += pairs
+        try:
+            yield held
+        finally:
+            self.held -= held.pairs
+
+    async def score(self, items: Sequence[Any], salt: bytes, place: Place) -> Scored:
+        """The rows of `items`, which are at least one. Cancelling it takes what is not yet scored out of the queue.
+
+        Raises:
+            Whatever scoring these items raises; other requests of the batch are scored all the same.
+        """
+        work = _Work(items, salt, place, asyncio.get_running_loop().create_future(), time.perf_counter())
+        self._queue.append(work)
+        self._arrived.set()
+        try:
+            await work.done
+        finally:
+            if work in self._queue:
+                self._queue.remove(work)
+        return Scored(np.concatenate(work.rows), work.started - work.since, work.compute)
+
+    async def run(self) -> None:
+        """Score what arrives, until cancelled."""
+        while True:
+            await self._gather()
+            pieces = self._take()
+            if not pieces:
+                continue
+            if not await self._score_pieces(pieces) and len(pieces) > 1:
+                for piece in pieces:  # one request's failure is not the others'
+                    await self._score_pieces([piece])
+
+    async def _gather(self) -> None:
+        while not self._queue:
+            self._arrived.clear()
+            await self._arrived.wait()
+        until = self._queue[0].since + self.wait_seconds
+        while self._queue and sum(work.left for work in self._queue) < self.batch_pairs:
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), max(0.0, until - time.perf_counter()))
+            except TimeoutError:
+                return
+
+    def _take(self) -> list[tuple[_Work, slice]]:
+        """The next batch; who has more than fits goes to the end of the queue with the rest."""
+        pieces, room = [], self.batch_pairs
+        while self._queue and room:
+            work = self._queue.popleft()
+            work.started = work.started or time.perf_counter()
+            piece = slice(work.taken, work.taken + min(room, work.left))
+            work.taken = piece.stop
+            room -= piece.stop - piece.start
+            pieces.append((work, piece))
+            if work.left:
+                self._queue.append(work)
+        return pieces
+
+    async def _score_pieces(self, pieces: list[tuple[_Work, slice]]) -> bool:
+        """Whether it went well. A failure is told to the one request it belongs to, where there is but one."""
+        pieces = [(work, piece) for work, piece in pieces if not work.done.done()]
+        if not pieces:
+            return True
+        items = [item for work, piece in pieces for item in work.items[piece]]
+        salts = [work.salt for work, piece in pieces for _ in work.items[piece]]
+        start = time.perf_counter()
+        try:
+            rows = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, items, salts)
+        except Exception as error:
+            if len(pieces) == 1 and not pieces[0][0].done.done():
+                pieces[0][0].done.set_exception(error)
+            return False
+        seconds = time.perf_counter() - start
+        self._recent = tuple(FORGET * old + new for old, new in zip(self._recent, (len(items), seconds), strict=True))
+        self._observe(len(items), seconds)
+        begin = 0
+        for work, piece in pieces:
+            count = piece.stop - piece.start
+            self._give(work, rows[begin : begin + count], seconds)
+            begin += count
+        return True
+
+    def _give(self, work: _Work, rows: np.ndarray, seconds: float) -> None:
+        work.rows.append(rows)
+        work.compute += seconds
+        if work.done.done():
+            return
+        work.place.pairs -= len(rows)
+        self.held -= len(rows)
+        if sum(map(len, work.rows)) == len(work.items):
+            work.done.set_result(None)

@@ -1,0 +1,131 @@
+"""Errors as clients see them: a status, what is wrong, and which field.
+
+    {"message": "...", "error": {"message": "...", "type": "invalid_request", "param": "documents[3]", "code": 422}}
+
+`error` is what clients of vLLM and OpenAI read, `message` what Cohere's do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pydantic
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the log and the metrics do
+TYPES = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    422: "invalid_request",
+    429: "overloaded",
+    500: "scoring_failed",
+    503: "not_ready",
+    504: "deadline_exceeded",
+}
+
+
+class ErrorDetail(pydantic.BaseModel):
+    """What is wrong, in words and for programs."""
+
+    message: str
+    type: str
+    param: str | None = pydantic.Field(None, description="the field of the request that is wrong")
+    code: int = pydantic.Field(description="the HTTP status")
+
+
+class ErrorBody(pydantic.BaseModel):
+    """The body of every error."""
+
+    message: str
+    error: ErrorDetail
+
+
+class Refused(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, retry_after: float | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        # Whole seconds, at least one: what the header can say.
+        self.headers = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
+
+    @property
+    def body(self) -> ErrorBody:
+        """The error as it is sent."""
+        kind = TYPES.get(self.status, "error")
+        detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.status)
+        return ErrorBody(message=self.message, error=detail)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of these errors."""
+    return {status: {"model": ErrorBody, "description": TYPES[status].replace("_", " ")} for status in statuses}
+
+
+def field_name(location: Sequence[str | int]) -> str:
+    """("body", "documents", 3, "text") -> "documents[3].text"."""
+    parts = [part for part in location[1:] if part not in ("str", "DocumentFields", "pairs", "items_of_query")]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return name.removeprefix(".") or str(location[0])
+
+
+def install(app: FastAPI) -> None:
+    """Every error of `app` is answered in the one form, and never repeats what was sent."""
+
+    def answer(refused: Refused) -> JSONResponse:
+        return JSONResponse(refused.body.model_dump(), refused.status, refused.headers)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return answer(Refused(422, f"the body is not valid JSON: {first['ctx']['error']}", param="body"))
+        name = field_name(first["loc"])
+        return answer(Refused(422, f"{name}: {first['msg']}", param=name))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        of_body = error.status_code in (400, 413)
+        refused = Refused(error.status_code, str(error.detail), param="body" if of_body else None)
+        refused.headers = dict(error.headers or {})
+        return answer(refused)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return answer(Refused(500, "the service failed on this request; its log has the reason under the request id"))
+
+
+class BodyLimit:
+    """ASGI middleware: reading a body longer than `max_bytes`, declared or not, is a 413."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `BodyLimit`."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        seen = 0
+        declared = int(dict(scope["headers"]).get(b"content-length", 0))
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive() if declared <= self.max_bytes else {"body": b""}
+            seen += len(message.get("body", b""))
+            if max(declared, seen) > self.max_bytes:
+                raise HTTPException(413, f"the body is longer than {self.max_bytes} bytes, which are allowed")
+            return message
+
+        await self.app(scope, counted, send)

@@ -1,0 +1,54 @@
+"""What the service allows: sizes, times, places."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+
+def _limit(default: float, meaning: str):
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Limits of the service. Each is an argument of the command, under the same name and with the same words."""
+
+    queue_pairs: int = _limit(2048, "pairs admitted and not yet scored, over all requests; beyond it, 429")
+    batch_pairs: int = _limit(64, "pairs scored together; a longer request is scored in turns with the others")
+    batch_wait_ms: float = _limit(4.0, "how long an idle service waits for company for the first request")
+    deadline_seconds: float = _limit(30.0, "a request that takes longer is answered 504")
+    max_documents: int = _limit(1000, "of a request")
+    max_query_chars: int = _limit(4000, "of a query, and of its context")
+    max_document_chars: int = _limit(50_000, "of a document; what the model sees is cut to its own limit of tokens")
+    max_body_bytes: int = _limit(16 << 20, "of a request")
+    max_explanations: int = _limit(4, "written at a time; they take turns with batches")
+    max_explanation_tokens: int = _limit(256, "of an explanation")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0 and field.name != "batch_wait_ms":
+                raise ValueError(f"{field.name} must be above 0; got {value}")
+        if self.max_documents > self.queue_pairs:
+            raise ValueError(
+                f"max_documents is {self.max_documents}, but queue_pairs, the places of all requests, is only "
+                f"{self.queue_pairs}: such a request could never be admitted"
+            )
+
+
+def read_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """API keys of a file, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: there is no key, or one that no header can carry. The message does not repeat it.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = {number: line.strip() for number, line in enumerate(file, start=1)}
+    keys = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+    if not keys:
+        raise ValueError(f"{path}: holds no API key; it has one a line")
+    for number, key in keys.items():
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"{path}:{number}: a key is printable ASCII without blanks")
+    return tuple(keys.values())

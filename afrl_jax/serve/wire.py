@@ -1,0 +1,222 @@
+"""Requests and responses as they travel.
+
+Requests take what clients of Cohere, Jina, vLLM and SGLang send; what we know nothing of is ignored, as they do.
+Responses have what these clients parse, and besides: `grade`, `grade_probs`, `calibrated` and `model_version`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AliasChoices, BaseModel, Field
+
+from afrl_jax.answer_format import one_line
+from afrl_jax.schema import Document, Query
+from afrl_jax.serve.refusals import Refused
+from afrl_jax.serve.scorer import Graded
+from afrl_jax.serve.settings import Settings
+
+
+class DocumentFields(BaseModel, extra="allow"):
+    """A document in parts. Any further field is shown to the model as "name: value", in the order given."""
+
+    title: str | None = None
+    text: str | None = None
+    __pydantic_extra__: dict[str, str | bool | int | float | None]
+
+
+DocumentBody = str | DocumentFields
+Model = Annotated[str | None, Field(description="not looked at: one model is served, which the answer names")]
+Context = Annotated[str, Field(description="what the searcher did before, where the model was trained with that")]
+
+
+class RerankRequest(BaseModel):
+    """A query and its candidates."""
+
+    model: Model = None
+    query: str = Field(min_length=1, examples=["chess for kids"])
+    context: Context = ""
+    documents: list[DocumentBody] = Field(
+        min_length=1, examples=[["Sourdough at home", "Chess openings, explained to children"]]
+    )
+    top_n: int | None = Field(None, ge=0, description="how many of the best to answer; 0 or none: all")
+    return_documents: bool = Field(True, description="whether to repeat each document's text in the answer")
+    rank_fields: list[str] | None = Field(None, description="of documents with fields, those to be shown to the model")
+    max_tokens_per_doc: int | None = Field(None, ge=1, description="cut documents to so many tokens")
+
+
+class Usage(BaseModel):
+    """Tokens of the prompts, shared prefixes counted for each pair."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Grade(BaseModel):
+    """The grade of a pair."""
+
+    grade: str = Field(description="the decided label of the scale")
+    grade_probs: dict[str, float] = Field(description="probability of each label, least relevant first")
+
+
+class Told(BaseModel):
+    """What every answer tells of the model."""
+
+    id: str
+    model: str
+    model_version: str = Field(description="digest of the weights; empty for a model that was not exported here")
+    calibrated: bool = Field(description="whether scores and probabilities are those of a fitted calibration")
+    usage: Usage
+
+
+class RerankResult(Grade):
+    """One candidate."""
+
+    index: int = Field(description="its place in the request")
+    relevance_score: float = Field(description="expected grade, from 0, the least relevant grade, to 1")
+    document: dict[str, Any] | None = Field(None, description="its text, and its other fields")
+
+
+class RerankResponse(Told):
+    """Candidates, the most relevant first; equal ones keep their order."""
+
+    object: Literal["list"] = "list"
+    results: list[RerankResult]
+    meta: dict[str, Any] = Field(description="what Cohere's clients count")
+
+
+class PairsRequest(BaseModel):
+    """Pairs of texts: one with one, one with many, or as many with as many."""
+
+    model: Model = None
+    text_1: str | list[str] = Field(
+        validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["chess for kids"]
+    )
+    text_2: DocumentBody | list[DocumentBody] = Field(
+        validation_alias=AliasChoices("text_2", "data_2", "documents", "items"), examples=[["Chess openings", "Bread"]]
+    )
+
+
+class ItemsRequest(BaseModel):
+    """A query and items; the answer is a probability for each label."""
+
+    model: Model = None
+    query: str = Field(min_length=1, examples=["chess for kids"])
+    items: DocumentBody | list[DocumentBody] = Field(examples=[["Chess openings", "Bread"]])
+    label_token_ids: list[int] | None = Field(
+        None, min_length=1, description="which labels, by their tokens, in which order; all of the scale by default"
+    )
+    apply_softmax: bool = Field(False, description="whether the probabilities of the chosen labels are to sum to 1")
+    item_first: Literal[False] = Field(False, description="the document comes last in our prompts, always")
+
+
+def _form(body: Any) -> str:
+    return "items_of_query" if isinstance(body, dict) and "query" in body else "pairs"
+
+
+ScoreRequest = Annotated[
+    Annotated[PairsRequest, pydantic.Tag("pairs")] | Annotated[ItemsRequest, pydantic.Tag("items_of_query")],
+    pydantic.Discriminator(_form),
+]
+
+
+class ScoreResult(Grade):
+    """One pair."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float = Field(description="expected grade, from 0 to 1")
+
+
+class PairsResponse(Told):
+    """One result a pair, in the order of the request."""
+
+    object: Literal["list"] = "list"
+    created: int
+    data: list[ScoreResult]
+
+
+class ItemsResponse(Told):
+    """One row an item, in the order of the request: the probability of each label."""
+
+    object: Literal["scoring"] = "scoring"
+    labels: list[str]
+    scores: list[list[float]]
+
+
+class RelevanceRequest(BaseModel):
+    """One pair."""
+
+    model: Model = None
+    query: str = Field(min_length=1, examples=["chess for kids"])
+    context: Context = ""
+    document: DocumentBody = Field(examples=["Chess openings, explained to children"])
+    explain: bool = Field(False, description="stream the explanation after the grade, as server-sent events")
+    max_tokens: int | None = Field(None, ge=1, description="of the explanation; the service has a limit of its own")
+
+
+class RelevanceResponse(Told, Grade):
+    """The grade of one pair."""
+
+    object: Literal["relevance"] = "relevance"
+    score: float = Field(description="expected grade, from 0 to 1")
+
+
+def to_query(text: str, context: str, settings: Settings, name: str = "query") -> Query:
+    """The query, if it can be shown to the model.
+
+    Raises:
+        Refused: 422, it or its context is too long, or no text.
+    """
+    _check_text(name, text, settings.max_query_chars)
+    _check_text("context", context, settings.max_query_chars)
+    return Query("", text, context)
+
+
+def to_documents(
+    bodies: list[DocumentBody], settings: Settings, name: str, rank_fields: list[str] | None = None
+) -> list[Document]:
+    """The documents of a request, each under its name in error messages: `name[i]`.
+
+    Raises:
+        Refused: 422, there are none or too many, or one is too long, or no text.
+    """
+    if not 1 <= len(bodies) <= settings.max_documents:
+        raise Refused(422, f"{name}: {len(bodies)} of them; 1 to {settings.max_documents} are allowed", param=name)
+    documents = []
+    for index, body in enumerate(bodies):
+        fields = {"text": body} if isinstance(body, str) else _fields(body)
+        if rank_fields is not None and not isinstance(body, str):
+            fields = {field: value for field, value in fields.items() if field in rank_fields}
+        _check_text(f"{name}[{index}]", "".join([*fields, *fields.values()]), settings.max_document_chars)
+        title, text = fields.pop("title", ""), fields.pop("text", "")
+        # A line of a prompt is one field: no name may begin a line of its own.
+        documents.append(Document("", title, text, {one_line(field): value for field, value in fields.items()}))
+    return documents
+
+
+def _check_text(name: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise Refused(422, f"{name}: {len(text)} characters; {limit} are allowed", param=name)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(422, f"{name}: has half of a surrogate pair, which is no text", param=name)
+
+
+def shown(body: DocumentBody) -> dict[str, Any]:
+    """A document as it is repeated in an answer: it has a `text` at least."""
+    if isinstance(body, str):
+        return {"text": body}
+    given = body.model_dump(exclude_unset=True)
+    return given | {"text": given.get("text") or given.get("title") or ""}
+
+
+def graded_fields(graded: Graded) -> dict[str, Any]:
+    """The fields of `Grade`."""
+    return {"grade": graded.grade, "grade_probs": graded.grade_probs}
+
+
+def _fields(body: DocumentFields) -> dict[str, str]:
+    """Its fields as text, empty ones left out."""
+    given = {"title": body.title, "text": body.text} | (body.__pydantic_extra__ or {})
+    return {name: str(value) for name, value in given.items() if value is not None}

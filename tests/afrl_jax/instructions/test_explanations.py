@@ -1,0 +1,85 @@
+"""Explanations of human grades: what passes the check, and why the rest does not."""
+
+import json
+
+import pytest
+
+from afrl_jax.data.readers import read_judgments
+from afrl_jax.instructions.client import Completion
+from afrl_jax.instructions.dataset_folder import write_explained
+from afrl_jax.instructions.explanations import check, explain, prompt
+from afrl_jax.schema import Document, Instruction, Judgment, Match, Query, Rule, Scale
+
+SCALE = Scale(("1", "2", "3"), ("bad", "fair", "good"))
+PLAIN = Instruction("Judge the product.", SCALE)
+RULED = Instruction("Judge the product.", SCALE, (Rule(1, "another color", (1,)), Rule(2, "fits", (2,))))
+PAIR = Judgment(Query("q", "red shoes size 42"), Document("d", "Blue Shoes", "leather, Size 42."), 1)
+GOOD = """Match: shoes | blue shoes | met; color red | Blue | violated; size 42 | size 42 | met
+Rule: 0
+Verdict: 2"""
+
+
+def test_an_explanation_of_the_human_grade_is_kept():
+    explained, reason = check(GOOD + "\n", PAIR, PLAIN)
+    assert reason == "" and explained.grade == PAIR.grade and explained.query == PAIR.query
+    assert explained.explanation.need == ("shoes", "color red", "size 42") and explained.rules == (0,)
+    assert explained.explanation.verdicts == (Match.MET, Match.VIOLATED, Match.MET)
+    ruled, _ = check(GOOD.replace("Rule: 0", "Rule: 1"), PAIR, RULED)
+    assert ruled.rules == (1,)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("Verdict: 2", "Verdict: 3"), "verdict is not the grade: 3 for 2"),
+        (("Verdict: 2", "Verdict: 9"), "not in the format"),
+        (("Match: shoes", "Matches: shoes"), "not in the format"),
+        ((" | violated", ""), "not in the format"),
+        (("violated", "wrong"), "not in the format"),
+        (("Verdict: 2", "Verdict: 2\nI hope this helps"), "not in the format"),
+        (("color red", "color green"), "constraint is not in the query: color green"),
+        (("color red", "color"), "constraint is not in the query: color"),
+        (("Blue |", "Red |"), "fact is not in the document: Red"),
+        (("Blue |", "lu |"), "fact is not in the document: lu"),
+        (("Blue |", "not stated |"), "what is not stated is unknown"),
+        (("violated", "unknown"), "what is not stated is unknown"),
+        (("Rule: 0", "Rule: 1"), "there is no rule: 1"),
+    ],
+)
+def test_anything_else_is_not(change, told):
+    assert GOOD.count(change[0]) >= 1
+    explained, reason = check(GOOD.replace(*change, 1), PAIR, PLAIN)
+    assert explained is None and reason.startswith(told)
+
+
+def test_the_rule_must_lead_to_the_grade():
+    for number in (2, 7, 0):
+        explained, reason = check(GOOD.replace("Rule: 0", f"Rule: {number}"), PAIR, RULED)
+        assert explained is None and reason == f"rule does not lead to the grade: {number}"
+
+
+def test_what_is_not_stated_may_be_said():
+    text = GOOD.replace("Blue |", "not stated |").replace("violated", "unknown")
+    assert check(text, PAIR, PLAIN)[0].explanation.verdicts[1] is Match.UNKNOWN
+
+
+def test_the_model_is_told_the_grade_and_never_asked_for_one():
+    text = prompt(PAIR, RULED)
+    assert "People gave this document the grade 2." in text and text.endswith("Verdict: 2\n")
+    assert "red shoes size 42" in text and "leather, Size 42." in text and "1. another color" in text
+
+
+def test_explained_judgments_make_a_folder(tmp_path):
+    class Model:
+        def complete(self, prompts, *, max_tokens, temperature=0.0, seed=0):
+            texts = [GOOD, "no", GOOD.split("Rule")[0]]
+            return [Completion(text, place == 2, 1, 1) for place, text in enumerate(texts)]
+
+    kept, aside = explain(Model(), [PAIR] * 3, PLAIN)
+    assert [reason for _, reason in aside] == ["not in the format", "cut off"]
+    figures = write_explained(tmp_path, kept, aside, PLAIN, {"language model": "test"})
+    assert figures["acceptance_rate"] == 1 / 3 and figures["set_aside/cut off"] == 1 / 3
+    assert read_judgments({"path": tmp_path}, SCALE) == kept
+    rows = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in rows] == ["not in the format", "cut off"] and rows[0]["grade"] == "2"
+    assert "explanations were written by a language model" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,269 @@
+"""Every refusal names its field, says what would be right, and comes in one form; no failure becomes an order."""
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import socket
+import threading
+import time
+
+import pytest
+import requests
+
+from afrl_jax.calibration import Calibration
+from afrl_jax.schema import Document, Query
+from afrl_jax.serve.scorer import Scorer
+from afrl_jax.serve.settings import Settings, read_keys
+
+GOOD = {"query": "chess", "documents": ["robots"]}
+RERANK, SCORE, RELEVANCE = "/v1/rerank", "/v1/score", "/v1/relevance"
+WRONG = [
+    (RERANK, {"documents": ["a"]}, "query", "required"),
+    (RERANK, GOOD | {"query": ""}, "query", "at least 1"),
+    (RERANK, GOOD | {"query": "a" * 101}, "query", "101 characters; 100 are allowed"),
+    (RERANK, GOOD | {"context": "a" * 101}, "context", "100 are allowed"),
+    (RERANK, GOOD | {"query": "\ud800"}, "query", "unicode"),
+    (RERANK, GOOD | {"documents": []}, "documents", "at least 1"),
+    (RERANK, GOOD | {"documents": ["a"] * 9}, "documents", "9 of them; 1 to 8"),
+    (RERANK, GOOD | {"documents": ["a", "b" * 50_001]}, "documents[1]", "50000 are allowed"),
+    (RERANK, GOOD | {"documents": ["a", {"note": "\udfff"}]}, "documents[1]", "surrogate"),
+    (RERANK, GOOD | {"documents": ["a", {"text": 3}]}, "documents[1]", "valid string"),
+    (RERANK, GOOD | {"top_n": -1}, "top_n", "greater than or equal to 0"),
+    (RERANK, GOOD | {"max_tokens_per_doc": 0}, "max_tokens_per_doc", "greater than or equal to 1"),
+    (RERANK, [1], "body", "valid dictionary"),
+    (SCORE, {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", "2 of them for 3"),
+    (SCORE, {"text_1": "", "text_2": ["a"]}, "text_1", "empty"),
+    (SCORE, {"text_1": [], "text_2": ["a"]}, "text_1", "0 of them for 1"),
+    (SCORE, {"text_1": "a", "text_2": []}, "text_2", "1 to 8"),
+    (SCORE, {"text_1": "a"}, "text_2", "required"),
+    (SCORE, {"query": "a", "items": ["b"], "label_token_ids": [5]}, "label_token_ids", "5 is no label"),
+    (SCORE, {"query": "a", "items": ["b"], "item_first": True}, "item_first", "False"),
+    (RELEVANCE, {"query": "a"}, "document", "required"),
+    (RELEVANCE, {"query": "a", "document": "b", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+]
+
+
+def refused(response, status, kind):
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body["message"] == body["error"]["message"] and body["error"]["code"] == status
+    assert body["error"]["type"] == kind
+    return body["error"]
+
+
+@pytest.mark.parametrize(("path", "body", "field", "told"), WRONG)
+def test_a_wrong_field_is_named(running, path, body, field, told):
+    error = refused(running[0].post(path, body), 422, "invalid_request")
+    assert error["param"] == field and told in error["message"] and field in error["message"]
+
+
+def test_a_body_that_cannot_be_read_is_told(running):
+    server, _ = running
+    headers = {"content-type": "application/json"}
+    broken = server.post(RERANK, data='{"query": ', headers=headers)
+    assert refused(broken, 422, "invalid_request")["param"] == "body"
+    deep = server.post(RERANK, data="[" * 100_000, headers=headers)
+    assert deep.status_code in (400, 422) and deep.json()["error"]["param"] == "body"
+    assert server.post(RERANK, data=b"\xff\xfe{", headers=headers).status_code in (400, 422)
+    large = json.dumps(GOOD | {"documents": ["a" * 1000]})
+    assert refused(server.post("/nope"), 404, "not_found") and refused(server.get(RERANK), 405, "method_not_allowed")
+    assert server.post(RERANK, data=large, headers=headers).status_code == 200
+
+
+def test_a_body_is_as_long_as_allowed(serving, slow_scorer):
+    with serving(slow_scorer, Settings(max_body_bytes=500)) as server:
+        assert server.post(RERANK, GOOD).status_code == 200
+        long = GOOD | {"documents": ["a" * 600]}
+        assert refused(server.post(RERANK, long), 413, "too_large")["param"] == "body"
+        pieces = (piece for piece in [json.dumps(long).encode()])  # without a content-length
+        chunked = server.post(RERANK, data=pieces, headers={"content-type": "application/json"})
+        assert refused(chunked, 413, "too_large")["param"] == "body"
+
+
+def test_keys_let_in_and_stay_unseen(serving, slow_scorer, caplog):
+    caplog.set_level(logging.INFO, "afrl_jax.serve")
+    with serving(slow_scorer, keys=("first-secret", "second-secret")) as server:
+        for key in (None, "", "first", "first-secret2", "ünicode".encode().decode("latin-1")):
+            response = server.post(RERANK, GOOD, key=key)
+            assert refused(response, 401, "unauthorized")["param"] == "authorization"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/v1/models", "/info"):
+            assert server.get(path).status_code == 401
+        for path in ("/health", "/ready", "/metrics", "/"):
+            assert server.get(path).status_code == 200
+        assert server.post(RERANK, GOOD, key="second-secret").status_code == 200
+        salts = [server.service.keys.client(key).salt for key in ("first-secret", "second-secret")]
+    assert salts[0] != salts[1]
+    lines = [json.loads(record.message) for record in caplog.records]
+    assert [line["client"] for line in lines if line.get("pairs")] == ["key 2"]
+    assert "secret" not in caplog.text
+
+
+def test_prompts_of_two_keys_share_nothing(tiny_model):
+    scorer = Scorer(tiny_model("qwen3"), 12)
+    kept = scorer.model.scorer.kept
+    prompts = scorer.encode([(Query("", "chess"), Document("", word)) for word in ("robots", "home", "kids")], None)
+    apart = scorer.probabilities(prompts, [b"a", b"b", b"a"])
+    assert len(kept) == 2 and kept.hits == 0
+    assert list(scorer.explanation(prompts[1], "1", 2, b"b")) and kept.hits == 1
+    assert list(scorer.explanation(prompts[1], "1", 2, b"c")) and kept.hits == 1 and len(kept) == 3
+    assert abs(apart - scorer.probabilities(prompts, [b""] * 3)).max() < 1e-5
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n\n", "a b\n", "schlüssel\n"])
+def test_a_file_of_no_keys_is_refused(tmp_path, text):
+    (tmp_path / "keys").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as told:
+        read_keys(tmp_path / "keys")
+    assert "schl" not in str(told.value)
+    (tmp_path / "keys").write_text("# ours\none\n two \n")
+    assert read_keys(tmp_path / "keys") == ("one", "two")
+
+
+def test_settings_that_cannot_be(tmp_path):
+    for wrong in ({"max_documents": 10, "queue_pairs": 9}, {"deadline_seconds": 0.0}, {"batch_pairs": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**wrong)
+
+
+def test_before_the_model_is_there(serving, slow_scorer):
+    loaded = threading.Event()
+
+    def load():
+        loaded.wait(timeout=10)
+        return slow_scorer()
+
+    with serving(load, wait=False) as server:
+        assert server.get("/health").status_code == 200
+        for response in (server.get("/ready"), server.post(RERANK, GOOD), server.get("/info")):
+            assert refused(response, 503, "not_ready") and response.headers["retry-after"] == "1"
+        loaded.set()
+        while server.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        assert server.post(RERANK, GOOD).status_code == 200
+
+
+def test_a_failure_is_told_to_the_one_it_belongs_to(serving, slow_scorer, caplog):
+    caplog.set_level(logging.INFO, "afrl_jax.serve")
+    scorer = slow_scorer()
+    scorer.seconds = 0.05
+    bad = {"query": "x", "documents": ["robots", "chess"]}
+    with serving(lambda: scorer) as server, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda body: server.post(RERANK, body), [GOOD, bad, GOOD, GOOD, bad, GOOD]))
+        assert [answer.status_code for answer in answers] == [200, 500, 200, 200, 500, 200]
+        assert "results" not in answers[1].json() and refused(answers[1], 500, "scoring_failed")
+        assert "a bad document" not in answers[1].text and "a bad document" in caplog.text
+        assert server.service.batcher.held == 0
+
+
+def test_probabilities_that_are_no_numbers_are_a_failure(tiny_model):
+    scorer = Scorer(tiny_model("qwen3", calibration=Calibration(1.0, (float("nan"), 0.0, 0.0))), 12)
+    with pytest.raises(FloatingPointError):
+        scorer.probabilities(scorer.encode([(Query("", "chess"), Document("", "robots"))], None), [b""])
+
+
+def test_beyond_the_queue_is_429_and_nothing_admitted_is_lost(serving, slow_scorer):
+    scorer = slow_scorer()
+    scorer.seconds = 0.2
+    settings = Settings(batch_pairs=2, queue_pairs=6, max_documents=2)
+    body = {"query": "x", "documents": ["robots", "home"]}
+    with serving(lambda: scorer, settings) as server, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: server.post(RERANK, body), range(12)))
+        codes = [answer.status_code for answer in answers]
+        assert sorted(set(codes)) == [200, 429] and 3 <= codes.count(200) <= 6
+        for answer in answers:
+            if answer.status_code == 429:
+                assert refused(answer, 429, "overloaded") and int(answer.headers["retry-after"]) >= 1
+        assert server.service.batcher.held == 0 and server.post(RERANK, body).status_code == 200
+
+
+def test_too_late_is_504_and_frees_its_place(serving, slow_scorer):
+    scorer = slow_scorer()
+    scorer.seconds = 0.5
+    with serving(lambda: scorer, Settings(deadline_seconds=0.2, max_explanation_tokens=4)) as server:
+        start = time.monotonic()
+        assert "0.2 s" in refused(server.post(RERANK, GOOD), 504, "deadline_exceeded")["message"]
+        assert time.monotonic() - start < 0.45
+        assert server.service.batcher.held == 0
+
+
+def test_who_leaves_frees_the_place(serving, slow_scorer):
+    scorer = slow_scorer()
+    scorer.seconds = 0.4
+    with serving(lambda: scorer, Settings(batch_pairs=1, batch_wait_ms=0.0)) as server:
+        first = threading.Thread(target=server.post, args=(RERANK, GOOD))
+        first.start()
+        while not scorer.batches:
+            time.sleep(0.01)
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps(GOOD | {"documents": ["a", "b", "c"]})
+        with socket.create_connection((host, int(port))) as leaving:
+            head = f"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            leaving.sendall(f"{head}\r\n\r\n{body}".encode())
+            while server.service.batcher.held != 4:
+                time.sleep(0.005)
+        while server.service.batcher.held != 1:  # the first is still being scored
+            time.sleep(0.005)
+        first.join()
+        time.sleep(0.1)
+        assert scorer.batches == [1] and server.service.batcher.held == 0
+        assert 'route="/rerank",status="0"' not in server.get("/metrics").text
+
+
+def test_explanations_have_places_of_their_own(serving, slow_scorer):
+    class Explaining(slow_scorer):
+        go_on = threading.Event()
+
+        def explanation(self, prompt, grade, max_new_tokens, salt):
+            yield grade, False
+            self.go_on.wait(timeout=10)
+            yield grade + "!", True
+
+    scorer = Explaining()
+    body = {"query": "x", "document": "robots", "explain": True}
+    with serving(lambda: scorer, Settings(max_explanations=1)) as server:
+        with requests.post(server.url + RELEVANCE, json=body, stream=True, timeout=10) as stream:
+            lines = stream.iter_lines(chunk_size=1)
+            assert next(lines) == b"event: grade"
+            assert refused(server.post(RELEVANCE, body), 429, "overloaded")
+            scorer.go_on.set()
+            assert b"event: done" in list(lines)
+        scorer.go_on.clear()
+        with requests.post(server.url + RELEVANCE, json=body, stream=True, timeout=10) as stream:
+            next(stream.iter_lines(chunk_size=1))  # and leaves
+        scorer.go_on.set()
+        until = time.monotonic() + 5
+        while server.post(RELEVANCE, body).status_code == 429:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_an_explanation_that_fails_leaves_the_grade(serving, slow_scorer):
+    class Failing(slow_scorer):
+        def explanation(self, prompt, grade, max_new_tokens, salt):
+            yield grade, False
+            raise RuntimeError("no more words")
+
+    with serving(Failing) as server:
+        text = server.post(RELEVANCE, {"query": "x", "document": "robots", "explain": True}).text
+    assert text.startswith("event: grade") and "event: error" in text and "no more words" not in text
+    assert "event: done" not in text
+
+
+def test_a_character_is_shown_when_all_its_bytes_are_there(serving, slow_scorer):
+    class Writing(slow_scorer):
+        def explanation(self, prompt, grade, max_new_tokens, salt):
+            yield from ((grade + text, text.endswith(".")) for text in ("", "\nN\ufffd", "\nNé", "\nNé\ufffd."))
+
+    with serving(Writing) as server:
+        text = server.post(RELEVANCE, {"query": "x", "document": "robots", "explain": True}).text
+    data = [json.loads(line[6:]) for line in text.splitlines() if line.startswith('data: {"text"')]
+    assert data == [{"text": "\nN"}, {"text": "é"}, {"text": "\ufffd."}]
+
+
+def test_asyncio_has_no_forgotten_task(serving, slow_scorer, caplog):
+    with serving(slow_scorer) as server:
+        server.post(RERANK, GOOD)
+        server.post(RERANK, {"query": "x", "documents": ["chess"]})
+    assert not [record for record in caplog.records if record.name == asyncio.__name__]

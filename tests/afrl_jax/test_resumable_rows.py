@@ -1,0 +1,130 @@
+import json
+import os
+
+import pyarrow.parquet
+import pytest
+
+from afrl_jax import resumable_rows
+from afrl_jax.resumable_rows import ResumableRows
+
+JOB = {"model": "m", "input": "pairs.jsonl"}
+# A job that dies leaves its files open, and that is what these tests are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chunk(number):
+    return [{"i": 2 * number, "text": "ñ"}, {"i": 2 * number + 1}]
+
+
+def test_chunks_become_the_output(tmp_path):
+    output = tmp_path / "scores.jsonl"
+    done = ResumableRows(output, JOB)
+    done.append(chunk(0), [])
+    done.append([], [{"row": 5, "reason": "bad"}])
+    done.append(chunk(1), [])
+    assert not output.exists() and (done.chunks, done.rows, done.bad_rows) == (3, 4, 1)
+    done.finish()
+    assert lines(output) == chunk(0) + chunk(1)
+    assert lines(tmp_path / "scores.jsonl.bad.jsonl") == [{"row": 5, "reason": "bad"}]
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.jsonl", "scores.jsonl.bad.jsonl"}
+
+
+def test_without_bad_rows_there_is_no_side_file(tmp_path):
+    done = ResumableRows(tmp_path / "scores.jsonl", JOB)
+    done.append(chunk(0), [])
+    done.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_any_call_to_the_system_it_goes_on_without_loss(tmp_path, monkeypatch):
+    """Every fsync, rename, copy and removal is once the last thing that the process does."""
+    calls = {"left": 0}
+
+    def dying(function):
+        def call(*arguments, **options):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    path = type(tmp_path)
+    for owner, name in ((os, "fsync"), (path, "replace"), (path, "unlink"), (resumable_rows.shutil, "copyfile")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+    survived = 0
+    for last in range(1, 40):
+        output = tmp_path / str(last) / "scores.jsonl"
+        output.parent.mkdir()
+        output.write_text("an earlier output")
+        calls["left"] = last
+        for start in range(2):
+            try:
+                done = ResumableRows(output, JOB)
+                for number in range(done.chunks, 4):
+                    done.append(chunk(number), [{"row": number}])
+                done.finish()
+                survived += start == 0
+                break
+            except Killed:
+                assert output.read_text() == "an earlier output" or len(lines(output)) == 8
+        assert lines(output) == [row for number in range(4) for row in chunk(number)], last
+        assert lines(output.with_name("scores.jsonl.bad.jsonl")) == [{"row": number} for number in range(4)]
+        assert len(list(output.parent.iterdir())) == 2
+    assert 0 < survived < 20  # the last ones came to their end: no call was left out
+
+
+def test_what_was_written_after_the_last_note_is_cut_off(tmp_path):
+    output = tmp_path / "scores.jsonl"
+    ResumableRows(output, JOB).append(chunk(0), [])
+    with (tmp_path / "scores.jsonl.partial").open("ab") as file:
+        file.write(b'{"i": 2, "te')
+    done = ResumableRows(output, JOB)
+    assert (done.chunks, done.rows) == (1, 2)
+    done.append(chunk(1), [])
+    done.finish()
+    assert lines(output) == chunk(0) + chunk(1)
+
+
+def test_another_job_does_not_go_on(tmp_path):
+    output = tmp_path / "scores.jsonl"
+    ResumableRows(output, JOB).append(chunk(0), [])
+    with pytest.raises(ValueError, match=r"model was 'm', is 'n'.*Delete .*scores.jsonl.progress"):
+        ResumableRows(output, JOB | {"model": "n"})
+    (tmp_path / "scores.jsonl.partial").write_text("")
+    with pytest.raises(ValueError, match="is shorter than what was written of it"):
+        ResumableRows(output, JOB)
+
+
+def test_parquet_has_the_types_that_all_rows_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable_rows, "TABLE_ROWS", 2)
+    rows = [
+        {"id": 1, "p": [0.5, 0.5], "late": None, "mixed": 1, "note": {"a": 1}},
+        {"id": 2, "p": [1, 0], "mixed": "x"},
+        {"id": 3, "p": [0.25, 0.75], "late": 2.5, "note": {"b": "c"}},
+    ]
+    output = tmp_path / "scores.parquet"
+    done = ResumableRows(output, JOB)
+    done.append(rows[:1], [])
+    done.append(rows[1:], [{"row": 9, "reason": "bad"}])
+    done.finish()
+    table = pyarrow.parquet.read_table(output)
+    assert [str(table.schema.field(name).type) for name in ("id", "late", "mixed")] == ["int64", "double", "string"]
+    found = table.to_pylist()
+    assert [row["p"] for row in found] == [[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]
+    assert [row["late"] for row in found] == [None, None, 2.5]
+    assert [row["mixed"] for row in found] == ["1", '"x"', None]
+    assert found[0]["note"]["a"] == 1 and found[2]["note"]["b"] == "c"
+    assert lines(tmp_path / "scores.parquet.bad.jsonl") == [{"row": 9, "reason": "bad"}]
+    assert len(list(tmp_path.iterdir())) == 2
