@@ -1,0 +1,306 @@
+"""The promotion gate: may this week's candidate take the incumbent's place?
+
+Both rewrite the same sessions of the FOLLOWING week, which neither was trained on. Seven metrics are compared, paired
+by context, with a bootstrap over queries (contexts of one query hang together). That there are seven, reward-like and
+stability ones, is reported of CoRe (arXiv 2606.14127); the statistics are our choice. "All seven improve" blocks
+nearly every good candidate, and of seven coins an unchanged one still passes with probability 2^-7. So:
+
+- superiority on the log ratio: the one-sided 95% bound of the difference lies above 0;
+- non-inferiority on the rest: the bound of the difference stays inside its margins. Entropy, surprisal and length have
+  margins on both sides, for a rewriter that always says the same is as broken as one that babbles.
+
+A candidate must pass all of them, so a candidate that truly fails one passes with probability at most 5%, whatever the
+others do (an intersection-union test; nothing to correct for). Its price, clean candidates blocked, is measured:
+`detector` reports a gate as what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lm_jax.bootstrap import Figure, interval, multiplicities
+
+# In the order of every table. What is meant, for a reader who meets it here first.
+METRICS: Mapping[str, str] = {
+    "log_ratio": "log S_pos^(1+γ)/S_neg: clicked above skipped",
+    "positive": "S_pos: relevance of what was clicked",
+    "log_random_ratio": "log S_pos/S_rand: clicked above random",
+    "entropy": "nats, of the ten most probable next tokens",
+    "surprisal": "nats a token under a frozen language model",
+    "length": "tokens of a rewrite",
+    "truncated": "share of rewrites cut off",
+}
+FLOOR = 0.02  # of a relevance, as in the reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """One rewriter on N contexts: `contexts` their keys, `queries` the text that clusters them, `values` float [N] of
+    each of METRICS."""
+
+    contexts: Sequence[str]
+    queries: Sequence[str]
+    values: Mapping[str, np.ndarray]
+
+    def __post_init__(self):
+        expected = len(self.contexts)
+        if set(self.values) != set(METRICS):
+            raise ValueError(f"the metrics are {', '.join(METRICS)}; got {', '.join(self.values)}")
+        sizes = {"queries": len(self.queries)} | {name: np.size(array) for name, array in self.values.items()}
+        for name, size in sizes.items():
+            if size != expected:
+                raise ValueError(f"{name} has {size} entries for {expected} contexts")
+
+    @classmethod
+    def of(
+        cls,
+        contexts: Sequence[str],
+        queries: Sequence[str],
+        *,
+        positive: np.ndarray,
+        negative: np.ndarray,
+        random: np.ndarray,
+        entropy: np.ndarray,
+        surprisal: np.ndarray,
+        length: np.ndarray,
+        truncated: np.ndarray,
+        gamma: float = 0.5,
+    ) -> Measurements:
+        """From what was seen of each context, all [N].
+
+        Args:
+            positive, negative, random: weighted mean relevance in [0, 1], by the deployed relevance model, of the
+                clicked, skipped and random documents for the rewrite: S_pos, S_neg and S_rand of the ratio reward.
+            entropy: mean over the rewrite's tokens, in nats, of the distribution over the ten most probable.
+            surprisal: mean -log p a token, in nats, under a frozen language model, the same for both rewriters.
+            length: in tokens.
+            truncated: whether the rewrite reached its token limit.
+            gamma: as in the ratio reward.
+        """
+        log_positive, log_negative, log_random = (
+            np.log(np.maximum(np.asarray(relevance, float), FLOOR)) for relevance in (positive, negative, random)
+        )
+        values = {
+            "log_ratio": (1 + gamma) * log_positive - log_negative,
+            "positive": positive,
+            "log_random_ratio": log_positive - log_random,
+            "entropy": entropy,
+            "surprisal": surprisal,
+            "length": length,
+            "truncated": truncated,
+        }
+        return cls(contexts, queries, {name: np.asarray(array, float) for name, array in values.items()})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Criterion:
+    """The bounds of candidate - incumbent must lie above `above` and not above `below`. `relative`: both are shares of
+    the incumbent's value."""
+
+    metric: str
+    above: float = -math.inf
+    below: float = math.inf
+    relative: bool = False
+
+    def margins(self, incumbent: float) -> tuple[float, float]:
+        """The margins in the metric's own unit."""
+        scale = abs(incumbent) if self.relative else 1.0
+        return self.above * scale, self.below * scale
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gate:
+    """Criteria that must all hold. `confidence` of each one-sided bound; 0 looks at the plain differences. Fewer
+    queries than `least_queries` promote nobody."""
+
+    criteria: tuple[Criterion, ...]
+    confidence: float = 0.95
+    least_queries: int = 20
+
+
+GATE = Gate(
+    (
+        Criterion("log_ratio", above=0.0),
+        Criterion("positive", above=-0.02),
+        Criterion("log_random_ratio", above=-0.05),
+        Criterion("entropy", above=-0.5, below=0.5, relative=True),
+        Criterion("surprisal", above=-0.5, below=0.5, relative=True),
+        Criterion("length", above=-0.5, below=0.25, relative=True),
+        Criterion("truncated", below=0.02),
+    )
+)
+REWARD_ONLY = Gate((Criterion("log_ratio", above=0.0),))
+# As it is told of CoRe: every point estimate goes the right way; of a rate that is 0 already, not the wrong way.
+ALL_SEVEN_IMPROVE = Gate(
+    (
+        *(Criterion(metric, above=0.0) for metric in ("log_ratio", "positive", "log_random_ratio")),
+        *(Criterion(metric, below=0.0) for metric in ("entropy", "surprisal", "length", "truncated")),
+    ),
+    confidence=0.0,
+)
+GATES: Mapping[str, Gate] = {"gate": GATE, "reward_only": REWARD_ONLY, "all_seven_improve": ALL_SEVEN_IMPROVE}
+
+
+class Finding(NamedTuple):
+    """One criterion: both figures, candidate - incumbent with its interval, the margins in the metric's unit, whether
+    it holds, and why not (empty where it holds)."""
+
+    metric: str
+    incumbent: float
+    candidate: float
+    difference: Figure
+    above: float
+    below: float
+    passed: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says of a candidate: a finding for each criterion, contexts and queries looked at."""
+
+    findings: tuple[Finding, ...]
+    contexts: int
+    queries: int
+    too_few: str = ""
+
+    @property
+    def promote(self) -> bool:
+        return not self.reasons
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the incumbent stays; empty for a promotion."""
+        return tuple(filter(None, (self.too_few, *(finding.reason for finding in self.findings))))
+
+    def figures(self) -> dict[str, float]:
+        """Flat, for a log: metric/incumbent, /candidate, /difference, /low, /high."""
+        return {
+            f"{finding.metric}/{name}": value
+            for finding in self.findings
+            for name, value in (
+                ("incumbent", finding.incumbent),
+                ("candidate", finding.candidate),
+                ("difference", finding.difference.value),
+                ("low", finding.difference.low),
+                ("high", finding.difference.high),
+            )
+        }
+
+
+def decide(
+    incumbent: Measurements, candidate: Measurements, gate: Gate = GATE, *, seed: int = 0, resamples: int = 2000
+) -> Verdict:
+    """Compare a candidate with the incumbent on the same contexts in the same order.
+
+    Raises:
+        ValueError: the contexts differ, or there are none.
+    """
+    if list(incumbent.contexts) != list(candidate.contexts) or not len(incumbent.contexts):
+        raise ValueError("the gate compares both on the same contexts in the same order, at least one")
+    names, cluster = np.unique(np.asarray(incumbent.queries, dtype=object).astype(str), return_inverse=True)
+    multiplicity = multiplicities(len(names), seed, resamples)
+    sizes = np.bincount(cluster)
+    drawn_contexts = multiplicity @ sizes
+
+    def finding(criterion: Criterion) -> Finding:
+        before, after = (m.values[criterion.metric] for m in (incumbent, candidate))
+        means = float(before.mean()), float(after.mean())
+        if not (np.isfinite(before).all() and np.isfinite(after).all()):
+            broken = int((~np.isfinite(after)).sum()), int((~np.isfinite(before)).sum())
+            reason = f"{criterion.metric} is no number for {broken[0]} contexts (incumbent: {broken[1]})"
+            nothing = Figure(math.nan, math.nan, math.nan)
+            return Finding(criterion.metric, *means, nothing, criterion.above, criterion.below, False, reason)
+        difference = float(np.mean(after - before))
+        low = high = difference
+        if gate.confidence:
+            drawn = multiplicity @ np.bincount(cluster, after - before) / drawn_contexts
+            # Two one-sided bounds: a central interval that leaves out 1 - confidence at each end.
+            low, high = interval(difference, drawn, 2 * gate.confidence - 1)
+        above, below = criterion.margins(means[0])
+        reason = ""
+        if not low > above:
+            reason = f"{criterion.metric}: {difference:+.3g}, its lower bound {low:+.3g} must lie above {above:+.3g}"
+        elif not high <= below:
+            reason = f"{criterion.metric}: {difference:+.3g}, its upper bound {high:+.3g} may not pass {below:+.3g}"
+        return Finding(criterion.metric, *means, Figure(difference, low, high), above, below, not reason, reason)
+
+    few = len(names) < gate.least_queries
+    return Verdict(
+        tuple(finding(criterion) for criterion in gate.criteria),
+        len(cluster),
+        len(names),
+        f"{len(names)} queries are too few to judge, {gate.least_queries} are needed" if few else "",
+    )
+
+
+class Outcome(NamedTuple):
+    """One week of a simulation: the incident planted in its candidate ("" none) and whether it was promoted."""
+
+    week: int
+    incident: str
+    promoted: bool
+
+
+class Rate(NamedTuple):
+    """A share with its 95% Wilson interval and what it is a share of. NaN of nothing."""
+
+    value: float
+    low: float
+    high: float
+    trials: int
+
+
+def rate(count: int, trials: int, z: float = 1.959964) -> Rate:
+    """count / trials with its Wilson (1927) score interval."""
+    if not trials:
+        return Rate(math.nan, math.nan, math.nan, 0)
+    share, spread = count / trials, z * z / trials
+    center = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    return Rate(share, max(0.0, center - half), min(1.0, center + half), trials)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Detector:
+    """A gate as a detector of planted incidents.
+
+    Attributes:
+        false_blocks: clean weeks whose candidate was kept out.
+        detected: weeks with an incident whose candidate was kept out, of all incidents and by incident.
+        delays: of each time an incident was planted, in order: how many of its weeks were promoted before one was
+            blocked; None: none ever was.
+    """
+
+    false_blocks: Rate
+    detected: Rate
+    detected_by_incident: Mapping[str, Rate]
+    delays: Mapping[str, tuple[int | None, ...]]
+
+
+def detector(outcomes: Sequence[Outcome]) -> Detector:
+    """Report a gate's decisions over weeks. Neighbouring weeks with the same incident are one planting of it."""
+
+    def blocked(of: Sequence[Outcome]) -> Rate:
+        return rate(sum(not outcome.promoted for outcome in of), len(of))
+
+    ordered = sorted(outcomes)
+    incidents = list(dict.fromkeys(outcome.incident for outcome in ordered if outcome.incident))
+    delays: dict[str, list[int | None]] = {incident: [] for incident in incidents}
+    for incident in incidents:
+        weeks = [outcome for outcome in ordered if outcome.incident == incident]
+        starts = [i for i, outcome in enumerate(weeks) if not i or outcome.week != weeks[i - 1].week + 1]
+        for start, end in zip(starts, [*starts[1:], len(weeks)], strict=True):
+            promoted = [outcome.promoted for outcome in weeks[start:end]]
+            delays[incident].append(promoted.index(False) if False in promoted else None)
+    return Detector(
+        blocked([outcome for outcome in ordered if not outcome.incident]),
+        blocked([outcome for outcome in ordered if outcome.incident]),
+        {name: blocked([outcome for outcome in ordered if outcome.incident == name]) for name in incidents},
+        {name: tuple(found) for name, found in delays.items()},
+    )

@@ -1,0 +1,212 @@
+"""The near-line store of rewrites: written after a promotion, read by the search engine under `Context.key`.
+
+A search must never depend on it, and never trust it. An entry is sealed with a secret (HMAC-SHA256) over key, text,
+version and times, so that whatever else finds its way into the store is refused like a missing entry; so are entries
+that have expired, that another version of the rewriter wrote, and texts that `Refusals` does not let pass. `SQLite` is
+a file; `Redis` is a server that many searchers share and that expires entries by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import math
+import sqlite3
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+WEEK = 7 * 24 * 3600.0  # seconds
+
+
+class Backend(Protocol):
+    """Bytes under keys. `seconds` is how long an entry is worth keeping."""
+
+    def write(self, entries: Mapping[str, bytes], seconds: float) -> None: ...
+
+    def read(self, key: str) -> bytes | None: ...
+
+
+class SQLite:
+    """Entries in a file; any number of processes read while one writes."""
+
+    def __init__(self, file: Path | str, *, timeout: float = 1.0):
+        self._file, self._timeout = str(file), timeout
+        with self._connected() as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("CREATE TABLE IF NOT EXISTS rewrites (key TEXT PRIMARY KEY, entry BLOB, until REAL)")
+
+    def write(self, entries: Mapping[str, bytes], seconds: float) -> None:
+        """All entries or none; entries whose time is over are dropped."""
+        now = time.time()
+        with self._connected() as connection:
+            rows = [(key, entry, now + seconds) for key, entry in entries.items()]
+            connection.execute("DELETE FROM rewrites WHERE until < ?", (now,))
+            connection.executemany("INSERT OR REPLACE INTO rewrites VALUES (?, ?, ?)", rows)
+
+    def read(self, key: str) -> bytes | None:
+        with self._connected() as connection:
+            row = connection.execute("SELECT entry FROM rewrites WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def _connected(self) -> _Connection:
+        # A connection a call: they may not cross threads, and opening one costs tens of microseconds.
+        return _Connection(sqlite3.connect(self._file, timeout=self._timeout))
+
+
+class _Connection:
+    """A transaction whose connection is closed at its end, which sqlite3's own context manager leaves open."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._connection.__enter__()
+        return self._connection
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._connection.__exit__(*error)
+        finally:
+            self._connection.close()
+
+
+class Redis:
+    """Entries on a Redis server, under `prefix` + key."""
+
+    def __init__(self, url: str, *, timeout: float = 1.0, prefix: str = "rewrite:"):
+        import redis  # a client that only those need who have such a server
+
+        # No retry: a search goes on without its rewrite sooner than it waits.
+        self._client = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=None)
+        self._prefix = prefix
+
+    def write(self, entries: Mapping[str, bytes], seconds: float) -> None:
+        with self._client.pipeline() as pipeline:
+            for key, entry in entries.items():
+                pipeline.set(self._prefix + key, entry, px=math.ceil(1000 * seconds))
+            pipeline.execute()
+
+    def read(self, key: str) -> bytes | None:
+        return self._client.get(self._prefix + key)
+
+
+def open_backend(url: str, *, timeout: float = 1.0) -> Backend:
+    """`redis://host:port/0` (or rediss://, unix://) is a server, anything else the path of an SQLite file."""
+    remote = url.partition("://")[0] in ("redis", "rediss", "unix") and "://" in url
+    return Redis(url, timeout=timeout) if remote else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusals:
+    """What may not be shown to a search engine, whoever wrote it.
+
+    Attributes:
+        most_characters: of a rewrite.
+        unsafe: words that no rewrite may hold, compared without case, accents of compatibility forms undone (NFKC).
+    """
+
+    most_characters: int = 128
+    unsafe: frozenset[str] = frozenset()
+
+    def reason(self, text: str) -> str | None:
+        """Why a rewrite is refused, None where it may pass."""
+        plain = unicodedata.normalize("NFKC", text).casefold()
+        if not plain.strip():
+            return "empty"
+        if len(text) > self.most_characters:
+            return "overlong"
+        if any(unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for character in text):
+            return "control characters"
+        if any(_holds(plain, unicodedata.normalize("NFKC", word).casefold()) for word in self.unsafe):
+            return "unsafe"
+        return None
+
+
+def _holds(text: str, word: str) -> bool:
+    """Whether the text holds the word, not as a part of a longer one where the script has blanks."""
+    start = text.find(word)
+    while start >= 0:
+        around = text[start - 1 : start] + text[start + len(word) : start + len(word) + 1]
+        if not any(character.isascii() and character.isalnum() for character in around):
+            return True
+        start = text.find(word, start + 1)
+    return False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What the store says of a context: the rewrite, or None and why there is none."""
+
+    text: str | None
+    reason: str  # "used", "absent", "expired", "stale", "not sealed", or what `Refusals` says
+
+
+class RewriteStore:
+    """Rewrites of one version of the rewriter, by context.
+
+    Args:
+        backend: where entries are kept.
+        secret: seals entries; at least 16 bytes, the same for the program that writes and those that read.
+        seconds: how long a rewrite is used after it was written.
+        refusals: applied to what is written and to what is read.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        secret: bytes,
+        *,
+        seconds: float = 2 * WEEK,
+        refusals: Refusals = Refusals(),
+        clock: Callable[[], float] = time.time,
+    ):
+        if len(secret) < 16:
+            raise ValueError("the secret that seals rewrites has fewer than 16 bytes")
+        self._backend, self._secret, self._seconds = backend, secret, seconds
+        self._refusals, self._clock = refusals, clock
+
+    def write(self, version: str, rewrites: Iterable[tuple[str, str]]) -> dict[str, int]:
+        """Store the rewrites (context key, text) that a version made; how many were written, and refused by reason."""
+        entries, counts = {}, {"written": 0}
+        until = self._clock() + self._seconds
+        for key, text in rewrites:
+            reason = self._refusals.reason(text)
+            counts[reason or "written"] = counts.get(reason or "written", 0) + 1
+            if reason is None:
+                fields = [version, text, until]
+                entries[key] = json.dumps([*fields, self._seal(key, fields)]).encode()
+        self._backend.write(entries, self._seconds)
+        return counts
+
+    def read(self, key: str, version: str) -> Found:
+        """The rewrite that this version made for a context.
+
+        Raises:
+            Exception: whatever the backend raises when it is down; the engine takes that for a missing rewrite.
+        """
+        entry = self._backend.read(key)
+        if entry is None:
+            return Found(None, "absent")
+        try:
+            *fields, seal = json.loads(entry)
+            writer, text, until = fields
+            sealed = hmac.compare_digest(self._seal(key, fields), seal)
+        except (ValueError, TypeError, RecursionError):
+            sealed = False
+        if not sealed:
+            return Found(None, "not sealed")
+        if writer != version:
+            return Found(None, "stale")
+        if until <= self._clock():
+            return Found(None, "expired")
+        reason = self._refusals.reason(text)
+        return Found(None, reason) if reason else Found(text, "used")
+
+    def _seal(self, key: str, fields: Sequence[object]) -> str:
+        return hmac.new(self._secret, json.dumps([key, *fields]).encode(), hashlib.sha256).hexdigest()

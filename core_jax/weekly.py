@@ -1,0 +1,314 @@
+"""Weekly redeploys, simulated: train on a week, judge on the next, promote or keep, write the rewrites to the store.
+
+    a week's sessions --one phase from the last PROMOTED version--> candidate --gate on the next week--> promote | keep
+
+The world drifts from week to week, and incidents are planted in the weeks that the config names. What the gate decides
+is what happens; what other gates would have said of the same candidates, and what the independent judge sees, which no
+gate may, stands beside every verdict. A finished week is skipped; a killed one is done again and ends the same.
+
+In the run's folder: registry/ (core_jax.registry), weeks/<number>/report.html, weeks/report.html (the gates as
+detectors), rewrites.sqlite and rewrites.key (the store that core_jax.serve reads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import secrets
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afrl_jax.data import batches
+from afrl_jax.sft import SFT
+from afrl_jax.sft import TERMS as SFT_TERMS
+from core_jax import gate, weekly_report
+from core_jax.evaluation import Evaluated, evaluate
+from core_jax.gate import GATES, Measurements, Verdict
+from core_jax.gate_report import write_gate_report
+from core_jax.incidents import INCIDENTS, Incident
+from core_jax.inputs import PADDING, Inputs, Sessions, example_groups, open_sessions
+from core_jax.phases import NoPairs, Phase
+from core_jax.recipe import GOLDEN, START, Recipe, make_sampler
+from core_jax.registry import Registry, golden_self_test
+from core_jax.relevance import Relevance
+from core_jax.rewriter import Rewriter
+from core_jax.sampler import Sampler
+from core_jax.schema import Context
+from core_jax.search.engine import Engine
+from core_jax.search.rawrank import LightRanker
+from core_jax.search.recall import LexicalRecall
+from core_jax.search.rewrite_store import RewriteStore, SQLite
+from core_jax.search.stages import Stages
+from core_jax.search.trial import Compared, Trial, compare
+from core_jax.session_reader import RewriteExample
+from lm_jax import run_log
+from lm_jax.parameters import Parameters, abstract
+from lm_jax.weights import read_weights
+
+WHO = "weekly redeploy"
+STORE, KEY, REGISTRY = "rewrites.sqlite", "rewrites.key", "registry"
+EXAMPLES = 12
+
+
+class Weekly:
+    """The weeks after a run: its rewriter is the first version in production."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.settings, self.run = recipe, recipe.settings, recipe.run
+        self.registry = Registry(self.run.path / REGISTRY, golden_self_test)
+        weekly = self.settings.weekly
+        self.numbers = range(weekly.first_week, weekly.first_week + weekly.weeks)
+        self.training = {week: self._open("train", week, weekly.sessions) for week in self.numbers}
+        self.following = {week: self._open("dev", week + 1, weekly.held_out) for week in self.numbers}
+        self.inputs = _fitting(recipe, [*self.training.values(), *self.following.values()])
+
+    def __call__(self) -> dict[str, float]:
+        """Run the weeks that are not finished; returns the figures of weeks/metrics.json."""
+        incumbent = self._first_version()
+        weeks = []
+        for number in self.numbers:
+            facts = self.run.once(f"week{number}", lambda: self._week(number, incumbent, weeks))  # noqa: B023
+            incumbent = facts["production"]
+            weeks.append(facts)
+            run_log.say(f"week {number}{facts['incident'] and ', ' + facts['incident']}: {facts['decision']}")
+        return weekly_report.write(self.run.path / "weeks", weeks)
+
+    def _open(self, split: str, week: int, count: int) -> Sessions:
+        """Sessions of a week, in all else like those that the run trained on."""
+        like = dict(self.settings.data[self.settings.sessions])
+        drift = self.settings.weekly.drift
+        return open_sessions(
+            like | {"split": split, "week": week, "sessions": count, "drift": drift}, self.settings.seed
+        )
+
+    # --- one week --------------------------------------------------------------------------------------------------
+
+    def _week(self, number: int, incumbent: str, weeks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        name = self.settings.weekly.incidents.get(f"week{number}", "")
+        incident = INCIDENTS[name] if name else Incident("")
+        relevance = incident.relevance(self.recipe.deployed) if incident.relevance else self.recipe.deployed
+        before = Rewriter.load(self.registry.path(incumbent), dtype=self.settings.dtype)
+        candidate = self._candidate(number, incumbent, incident, relevance)
+        after = self._rewriter(incident.damage(candidate, number) if incident.damage else candidate)
+        following = self.following[number]
+        evaluated = [evaluate(rewriter, following, relevance, self.settings.reward) for rewriter in (before, after)]
+        measured = [self._measurements(following.contexts, each) for each in evaluated]
+        verdicts = {
+            gate_name: gate.decide(
+                *measured, of_gate, seed=self.settings.seed, resamples=self.settings.weekly.resamples
+            )
+            for gate_name, of_gate in GATES.items()
+        }
+        verdict = verdicts["gate"]
+        version = self._publish(number, after)
+        if verdict.promote and self.registry.production() != version:
+            why = f"week {number}: passes the gate"
+            self.registry.promote(version, who=WHO, why=why, figures=verdict.figures(), instead_of=incumbent)
+        production = version if verdict.promote else incumbent
+        self._write_store(production, following, evaluated[1 if verdict.promote else 0])
+        judged = [float(np.mean(each.values["judge"])) for each in evaluated]
+        facts = {
+            "week": number,
+            "incident": name,
+            "decision": "promoted" if verdict.promote else "kept the incumbent",
+            "reasons": list(verdict.reasons),
+            "incumbent": incumbent,
+            "candidate": version,
+            "production": production,
+            "promoted": {gate_name: each.promote for gate_name, each in verdicts.items()},
+            "figures": verdict.figures(),
+            "judge": {"incumbent": judged[0], "candidate": judged[1]},
+            "improvement_rate": float(np.mean(evaluated[1].values["improvement_rate"])),
+        }
+        effect = self._effect(following, evaluated, relevance)
+        self._report(number, verdicts, evaluated, facts, effect, weeks)
+        return facts
+
+    def _candidate(self, number: int, incumbent: str, incident: Incident, relevance: Relevance) -> Parameters:
+        """One phase on the week's sessions from the version in production, and what the incident does to it."""
+        name = f"week{number}.candidate"
+        if self.run.finished(name) is not None:
+            return self.run.arrays(name, abstract(self.inputs.shape, self.inputs.mesh))
+        start = read_weights(self.registry.path(incumbent), mesh=self.inputs.mesh)[1]
+        settings = self.settings
+        if incident.reward:
+            settings = dataclasses.replace(settings, reward=incident.reward(settings.reward))
+        seed = settings.seed * 1000 + 500 + number
+        log = run_log.RunLog(self.run.path)
+        sessions = self.training[number].sessions
+        if incident.text:
+            return self._taught(name, number, incident, start, log)
+        phase = Phase(
+            name, settings, self.inputs, sessions, relevance=relevance, sampler=self._sampler, run=self.run, log=log,
+            seed=seed,
+        )  # fmt: skip
+        try:
+            trained = phase(start)
+        except NoPairs as nothing:  # a week that teaches nothing leaves the incumbent as it is
+            run_log.say(str(nothing))
+            trained = start
+        return trained
+
+    def _taught(self, name: str, number: int, incident: Incident, start: Parameters, log: run_log.RunLog) -> Parameters:
+        """The incumbent after it has learned to say what the incident says."""
+        stage, contexts = self.settings.supervised, self.training[number].contexts
+        examples = [RewriteExample(context, incident.text(context)) for context in contexts]
+        groups = example_groups(self.inputs.format, examples, self.settings.rewriter.max_new_tokens)
+        shape = batches.sft_row_shape(groups, stage.row_tokens, 1)
+        dataset = batches.row_batches([(groups, 1.0)], shape, rows=stage.rows, branches_together=1, seed=number)
+        coefficients = dict.fromkeys(SFT_TERMS, 0.0) | {"sft/explanation": 1.0}
+        steps = self.settings.weekly.incident_steps
+        return self.recipe.fit(name, stage, steps, start, SFT, batches.in_order(dataset), coefficients, log)
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def _measurements(self, contexts: Sequence[Context], evaluated: Evaluated) -> Measurements:
+        """The seven metrics of what `evaluate` found, surprisal under the frozen rewriter of the supervised start."""
+        said = [self.inputs.format.encode_rewrite(text) for text in evaluated.rewrites]
+        values = evaluated.values
+        return Measurements.of(
+            [context.key for context in contexts],
+            evaluated.queries,
+            positive=values["s_pos"],
+            negative=values["s_neg"],
+            random=values["s_rand"],
+            entropy=values["entropy"],
+            surprisal=self._language.measure(contexts, said).surprisal,
+            length=values["length"],
+            truncated=values["truncated"],
+            gamma=self.settings.reward.gamma,
+        )
+
+    @functools.cached_property
+    def _language(self) -> Rewriter:
+        """The frozen language model of surprisal: the rewriter of the supervised start."""
+        return self._rewriter(self.run.arrays(START, abstract(self.inputs.shape, self.inputs.mesh)))
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        return make_sampler(self.settings, self.inputs, self.run.path / "served")
+
+    def _rewriter(self, parameters: Parameters) -> Rewriter:
+        return Rewriter(
+            self.inputs.shape, parameters, self.inputs.format,
+            max_new_tokens=self.settings.rewriter.max_new_tokens, dtype=self.settings.dtype,
+        )  # fmt: skip
+
+    def _effect(
+        self, following: Sessions, evaluated: Sequence[Evaluated], relevance: Relevance
+    ) -> dict[str, Compared] | None:
+        """Searching with the candidate's rewrites against searching with the incumbent's, on some of the sessions."""
+        count = min(self.settings.weekly.searches, len(following.truth))
+        if not count:
+            return None
+        trial = Trial.of(following.truth[:count], following.truth[count:])
+        stages = Stages(LexicalRecall(trial.documents), LightRanker(trial.documents), relevance)
+        engine, contexts = Engine(stages), following.contexts
+        found = [
+            trial.measure(lambda number, each=each: engine.search(contexts[number], rewrite=each[number]))
+            for each in map(_usable, evaluated)
+        ]
+        queries = [context.query for context in contexts[:count]]
+        return compare(*found, queries, seed=self.settings.seed, resamples=self.settings.weekly.resamples)
+
+    # --- what a week leaves ----------------------------------------------------------------------------------------
+
+    def _first_version(self) -> str:
+        """The run's rewriter, in production before the first week."""
+
+        def make() -> dict[str, Any]:
+            version = self.registry.publish(self.run.path / "export", who=WHO, why="the run's rewriter")
+            if self.registry.production() is None:
+                self.registry.promote(version, who=WHO, why="the first version")
+            return {"version": version}
+
+        return self.run.once("week0.version", make)["version"]
+
+    def _publish(self, number: int, rewriter: Rewriter) -> str:
+        """The candidate as a version, promoted or not: what was judged can be looked at later."""
+        contexts = self.following[number].contexts
+        folder = self.run.path / "candidates" / f"week{number}"
+        rewriter.export(folder, contexts[:: max(1, len(contexts) // GOLDEN)][:GOLDEN], week=number)
+        version = self.registry.publish(folder, who=WHO, why=f"candidate of week {number}")
+        shutil.rmtree(folder)
+        return version
+
+    def _write_store(self, version: str, following: Sessions, evaluated: Evaluated) -> None:
+        store = RewriteStore(SQLite(self.run.path / STORE), read_secret(self.run.path / KEY))
+        keys = [context.key for context in following.contexts]
+        found = zip(keys, _usable(evaluated), strict=True)
+        counts = store.write(version, [(key, rewrite) for key, rewrite in found if rewrite is not None])
+        run_log.say("store: " + ", ".join(f"{count} {reason}" for reason, count in counts.items()))
+
+    def _report(
+        self,
+        number: int,
+        verdicts: Mapping[str, Verdict],
+        evaluated: Sequence[Evaluated],
+        facts: Mapping[str, Any],
+        effect: Mapping[str, Compared] | None,
+        weeks: Sequence[Mapping[str, Any]],
+    ) -> None:
+        contexts = self.following[number].contexts
+        chosen = range(0, len(contexts), max(1, len(contexts) // EXAMPLES))[:EXAMPLES]
+        write_gate_report(
+            self.run.path / "weeks" / str(number),
+            verdicts["gate"],
+            title=f"Week {number}: {facts['decision']}",
+            back=f"python -m core_jax.registry --registry={shlex.quote(str(self.registry.folder))} rollback "
+            f'--why="what week {number} left in production is taken back"',
+            facts={
+                "candidate": facts["candidate"][:12],
+                "incumbent": facts["incumbent"][:12],
+                "planted incident": facts["incident"] or "none",
+                "independent judge": "{incumbent:.3f} incumbent, {candidate:.3f} candidate".format(**facts["judge"]),
+                "improves on the query": f"{facts['improvement_rate']:.1%} of the candidate's rewrites",
+            },
+            effect=effect,
+            other_gates={name: verdict for name, verdict in verdicts.items() if name != "gate"},
+            examples=[
+                {
+                    "query": contexts[place].query,
+                    "watched": contexts[place].watched.title if contexts[place].watched else "",
+                    "incumbent": evaluated[0].rewrites[place],
+                    "candidate": evaluated[1].rewrites[place],
+                }
+                for place in chosen
+            ],
+            weeks=weekly_report.week_rows([*weeks, facts]),
+        )
+
+
+def _usable(evaluated: Evaluated) -> list[str | None]:
+    """The rewrites; None where one was cut off or says nothing."""
+    cut = evaluated.values["truncated"].tolist()
+    return [text if text and not of else None for text, of in zip(evaluated.rewrites, cut, strict=True)]
+
+
+def read_secret(file: Path) -> bytes:
+    """The secret that seals a run's rewrites, made by the first who asks, readable by its owner alone."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return file.read_bytes()
+    with os.fdopen(descriptor, "wb") as opened:
+        opened.write(secrets.token_bytes(32))
+    return file.read_bytes()
+
+
+def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
+    """The run's inputs for prompts as long and as short as those of all weeks."""
+    inputs = recipe.inputs
+    lengths = [len(prompt) for each in some for prompt in inputs.format.encode_prompts(each.contexts)]
+    longest = -(-max(lengths) // PADDING) * PADDING
+    return dataclasses.replace(
+        inputs,
+        prompt_tokens=max(inputs.prompt_tokens, longest),
+        shortest_prompt=min(inputs.shortest_prompt, *lengths),
+    )

@@ -1,0 +1,156 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afrl_jax.schema import Document
+from core_jax.ratio_reward import RewardSettings, Rewrite, check, rewards_of, score_rewrites
+from core_jax.schema import Action, Context, SearchSession, Shown
+
+RELEVANCE = st.floats(0.05, 0.95)
+LEVELS = st.tuples(RELEVANCE, RELEVANCE, RELEVANCE)
+OPEN = RewardSettings(low=1e-9, high=1e9)  # no clip in the way of the formula
+ONE = Rewrite("a rewrite", 4)
+
+
+def value(levels, settings=OPEN, rewrite=ONE) -> float:
+    return float(rewards_of(np.array([levels]), [rewrite], settings).value[0])
+
+
+def test_the_formula():
+    levels, rewrite = (0.6, 0.3, 0.2), Rewrite("words", 20)
+    ratio = 0.6**1.5 / 0.3 * (0.6 / 0.2) ** 0.5
+    found = rewards_of(np.array([levels]), [rewrite], RewardSettings())
+    assert found.reward[0] == pytest.approx(ratio * math.exp(-(20 - 16) / 8), rel=1e-12)
+    assert found.value[0] == pytest.approx(math.log(found.reward[0]), rel=1e-12)
+    assert not found.clipped[0] and found.length_factor[0] == pytest.approx(math.exp(-0.5))
+
+
+@given(LEVELS, st.floats(0.1, 2.0))
+def test_halving_every_relevance_changes_nothing_iff_gamma_is_zero(levels, gamma):
+    half = tuple(level / 2 for level in levels)
+    flat, rising = (dataclasses.replace(OPEN, gamma=g) for g in (0.0, gamma))
+    assert value(half, flat) == pytest.approx(value(levels, flat), abs=1e-12)
+    assert value(half, rising) == pytest.approx(value(levels, rising) - gamma * math.log(2), abs=1e-9)
+
+
+@given(st.floats(0.3, 0.9), st.floats(0.05, 0.25), st.floats(0.05, 0.25), st.floats(0.01, 0.1), st.floats(0, 1))
+def test_adding_a_constant_lowers_the_margin(s_pos, s_neg, s_rand, constant, alpha):
+    """Of a rewrite that parts clicked from other documents; with gamma the level may win, without it never."""
+    settings = dataclasses.replace(OPEN, gamma=0.0, alpha=alpha)
+    lifted = (s_pos + constant, s_neg + constant, s_rand + constant)
+    assert value(lifted, settings) < value((s_pos, s_neg, s_rand), settings)
+
+
+@given(LEVELS, st.floats(1.01, 1.05))
+def test_a_rewrite_that_lifts_everything_gains_through_gamma_alone(levels, factor):
+    lifted = tuple(level * factor for level in levels)
+    gain = value(lifted) - value(levels)
+    assert gain == pytest.approx(OPEN.gamma * math.log(factor), abs=1e-12)
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(0, 200))
+def test_nothing_passes_the_clip(s_pos, s_neg, s_rand, length):
+    settings = RewardSettings()
+    levels = np.maximum([[s_pos, s_neg, s_rand]], settings.floor)
+    found = rewards_of(levels, [Rewrite("words", length)], settings)
+    assert 0 < found.reward[0] <= settings.high
+    assert found.reward[0] >= settings.low * found.length_factor[0] * (1 - 1e-12)
+
+
+def test_skipped_documents_without_relevance_stop_at_the_clip():
+    found = rewards_of(np.array([(0.9, 1e-300, 0.5), (0.9, 0.5, 0.5)]), [ONE, ONE], RewardSettings())
+    assert found.reward[0] == pytest.approx(10.0) and found.clipped.tolist() == [True, False]
+    assert found.means()["reward/share_clipped"] == 0.5
+
+
+@given(LEVELS, st.integers(0, 40), st.integers(0, 40))
+def test_longer_is_never_better(levels, shorter, more):
+    one, other = (value(levels, RewardSettings(), Rewrite("words", length)) for length in (shorter, shorter + more))
+    assert other <= one
+    assert (other == one) == (shorter + more <= RewardSettings().free_length or more == 0)
+
+
+@pytest.mark.parametrize("rewrite", [Rewrite("cut", 3, truncated=True), Rewrite("", 0)])
+@pytest.mark.parametrize("form", ["ratio", "difference"])
+def test_a_truncated_or_empty_rewrite_has_no_reward(rewrite, form):
+    found = rewards_of(np.array([(0.9, 0.1, 0.1)]), [rewrite], RewardSettings(form=form))
+    assert found.reward[0] == 0 and found.value[0] == -math.inf and not found.clipped[0]
+    assert found.means()["reward/share_refused"] == 1
+
+
+def test_arms_drop_their_factor():
+    base = (0.6, 0.3, 0.2)
+    without_random = dataclasses.replace(OPEN, alpha=0.0)
+    assert value(base, without_random) == value((0.6, 0.3, 0.9), without_random) != value(base)
+    assert value(base, dataclasses.replace(OPEN, form="difference")) == pytest.approx(0.3)
+    level = dataclasses.replace(OPEN, gamma=0.0, alpha=0.0)
+    assert value(base, level) == pytest.approx(math.log(2))
+
+
+def document(name: str) -> Document:
+    return Document(name, name)
+
+
+class Table:
+    """A relevance model that is a table; counts how often it is asked."""
+
+    version = "table"
+
+    def __init__(self, scores):
+        self.scores, self.calls = scores, 0
+
+    def __call__(self, pairs):
+        self.calls += 1
+        return np.array([self.scores[query, document.doc_id] for query, document in pairs])
+
+
+def session(name: str, **changes) -> SearchSession:
+    shown = (
+        Shown(document("c1"), Action.CLICK, 3.0),
+        Shown(document("g"), Action.GLANCE),
+        Shown(document("c2"), Action.CLICK, 1.0),
+        Shown(document("n1"), Action.NONE, 1.0),
+        Shown(document("n2"), Action.NONE, 0.5),
+    )
+    fields = {"shown": shown, "random": (document("r1"), document("r2")), "time": 0.0} | changes
+    return SearchSession(name, Context("q"), **fields)
+
+
+def test_levels_are_weighted_means_and_relevance_is_asked_once():
+    names = ("c1", "c2", "n1", "n2", "r1", "r2")
+    scores = {("a", name): 0.1 * place for place, name in enumerate(names, 1)}
+    scores |= {("b", name): 0.9 - 0.1 * place for place, name in enumerate(names, 1)}
+    relevance = Table(scores)
+    rewrites = [[Rewrite("a", 1), Rewrite("b", 1)], [Rewrite("cut", 9, truncated=True), Rewrite("a", 1)]]
+    found = score_rewrites([session("s1"), session("s2")], rewrites, relevance, RewardSettings())
+    assert relevance.calls == 1  # and never asked for the truncated one, whose text it does not know
+    np.testing.assert_allclose(found.s_pos, [(3 * 0.1 + 0.2) / 4, (3 * 0.8 + 0.7) / 4, 0.02, (3 * 0.1 + 0.2) / 4])
+    np.testing.assert_allclose(found.s_neg[:2], [(0.3 + 0.5 * 0.4) / 1.5, (0.6 + 0.5 * 0.5) / 1.5])
+    np.testing.assert_allclose(found.s_rand[:2], [0.55, 0.35])
+    assert found.value[2] == -math.inf and found.value[3] == found.value[0]
+
+
+def test_every_relevance_is_floored():
+    relevance = Table(dict.fromkeys([("a", name) for name in ("c1", "c2", "n1", "n2", "r1", "r2")], 0.0))
+    found = score_rewrites([session("s")], [[Rewrite("a", 1)]], relevance, RewardSettings(gamma=0.0))
+    assert found.s_neg[0] == pytest.approx(0.02) and found.reward[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("changes", [{"random": ()}, {"shown": ()}], ids=["nothing random", "nothing shown"])
+def test_a_session_without_contrast_is_named(changes):
+    with pytest.raises(ValueError, match="'lonely' lacks clicked, skipped or random"):
+        score_rewrites([session("lonely", **changes)], [[ONE]], Table({}), RewardSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"low": 10.0}, "low"), ({"floor": 0.0}, "floor"), ({"gamma": -1.0}, "gamma"), ({"form": "sum"}, "form"),
+     ({"length_scale": 0.0}, "length_scale")],
+)  # fmt: skip
+def test_constants_that_make_no_reward_are_named(changes, key):
+    assert list(check(RewardSettings(**changes))) == [key]
+    assert check(RewardSettings()) == {}

@@ -1,0 +1,202 @@
+"""The whole program on the smoke config: what it leaves, what it costs, and that being killed changes nothing."""
+
+import collections
+import hashlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from core_jax.phases import NoPairs
+from core_jax.recipe import Recipe
+from core_jax.rewriter import Rewriter
+from core_jax.schema import Context
+from core_jax.settings import read_settings
+from lm_jax.config_file import read_config
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+STAGES = ("start", "phase1", "phase2")
+STEPS, CONTEXTS, REWRITES = 4, 6, 4
+CLOCK = {"time", "seconds", "tokens_per_second"}  # the clock's, not the computation's
+
+
+@pytest.fixture(scope="module")
+def run(relevance_folder):
+    """A function: one start of the program, see watched_run.py."""
+
+    def start(workdir: pathlib.Path, *arguments: str, death: str = "never"):
+        command = [sys.executable, REPOSITORY / "tests/core_jax/watched_run.py", workdir.with_suffix(".events"), death]
+        command += [f"--config={REPOSITORY / 'configs/core_smoke.py'}", f"--workdir={workdir}"]
+        command += [f"--config.relevance={relevance_folder}", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=workdir.parent)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in CLOCK} for record in found]
+
+
+def digests(folder: pathlib.Path, pattern: str = "*") -> dict[str, str]:
+    """The bytes of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob(pattern))
+        if path.is_file()
+    }
+
+
+def metrics(workdir: pathlib.Path) -> dict[str, float]:
+    """Those that do not speak of time or of how often the run was killed."""
+    found = json.loads((workdir / "report" / "metrics.json").read_text())
+    return {name: value for name, value in found.items() if "seconds" not in name and not name.endswith("syncs")}
+
+
+def facts(workdir: pathlib.Path, stage: str) -> dict:
+    return json.loads((workdir / "stages" / stage / "done.json").read_text())
+
+
+def test_a_run_killed_inside_and_between_phases_ends_with_the_same_bits(run, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    deaths = ("drawn:phase1:1", "scored:phase1", "finishing:phase1", "logged:phase2:2")
+    for death in deaths:
+        killed = run(workdir, death=death)
+        assert killed.returncode == -9, f"{death}: {killed.returncode}\n{killed.stderr}"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    assert "phase2: resumed at step 2" in done.stderr
+    assert digests(workdir / "export") == digests(uninterrupted / "export")
+    assert records(workdir) == records(uninterrupted)
+    assert metrics(workdir) == metrics(uninterrupted)
+    for pattern in ("rewrites.jsonl", "reference.npy"):
+        assert digests(workdir / "stages", pattern) == digests(uninterrupted / "stages", pattern) != {}
+    assert facts(workdir, "phase1")["syncs"] == 2 and facts(uninterrupted, "phase1")["syncs"] == 1
+
+
+def test_phases_cost_what_they_say(uninterrupted):
+    for phase in STAGES[1:]:
+        found = facts(uninterrupted, phase)
+        assert found["sampled"] == CONTEXTS * REWRITES and found["contexts"] == CONTEXTS
+        assert 1 <= found["pairs"] <= CONTEXTS and found["share_in_gradient"] == 2 * found["pairs"] / found["sampled"]
+        assert found["share_in_gradient"] <= 2 * 1 / REWRITES  # 2k / N
+        assert (found["syncs"], found["reward_batches"]) == (1, 1)
+        assert found["staleness/most_steps"] == STEPS - 1
+        assert found["relevance_pairs"] > 0 and 0 <= found["distinct"] <= 1
+        assert {"seconds/sampling", "seconds/scoring", "seconds/training"} <= found.keys()
+    first, second = ((uninterrupted / "stages" / phase / "rewrites.jsonl").read_text() for phase in STAGES[1:])
+    sessions = [[json.loads(line)["session_id"] for line in text.splitlines()] for text in (first, second)]
+    assert len(sessions[0]) == len(sessions[1]) == CONTEXTS and not set(sessions[0]) & set(sessions[1])
+
+
+def test_every_step_is_logged_once_under_the_names_of_trl(uninterrupted):
+    found = records(uninterrupted)
+    steps = [(stage, step) for stage in STAGES for step in range(STEPS)]
+    assert [(r["stage"], r["step"]) for r in found if not r["stage"].endswith(".collect")] == steps
+    assert [r["stage"] for r in found if r["stage"].endswith(".collect")] == ["phase1.collect", "phase2.collect"]
+    trl = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "delta"}
+    for record in found:
+        if record["stage"] in STAGES[1:]:
+            assert trl | {"mpo/dpo", "mpo/bco", "mpo/sft", "entropy", "loss", "grad_norm"} <= record.keys()
+            assert all(math.isfinite(value) for key, value in record.items() if key != "stage")
+            if record["step"] == 0:  # policy and reference agree
+                assert abs(record["rewards/chosen"]) < 1e-5 and record["delta"] == 0
+                assert record["mpo/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+            elif record["step"] == STEPS - 1:
+                assert abs(record["rewards/margins"]) > 1e-5 and record["delta"] != 0
+
+
+def test_the_run_folder_is_what_the_program_says(uninterrupted):
+    assert {"config.json", "export", "log.jsonl", "report", "stages", "tensorboard"} <= {
+        path.name for path in uninterrupted.iterdir()
+    }
+    report = uninterrupted / "report"
+    found = metrics(uninterrupted)
+    for stage in STAGES:
+        for rate in ("improvement_rate", "identity", "copies_title", "truncated"):
+            low, value, high = (found[f"{stage}/{rate}{end}"] for end in ("/low", "", "/high"))
+            assert 0 <= low <= value <= high <= 1
+        assert 0 <= found[f"{stage}/judge"] <= 1 and 0 < found[f"{stage}/distinct"] <= 1
+    pictures = {path.stem for path in report.glob("*.png")}
+    assert pictures == {path.stem for path in report.glob("*.csv")}
+    assert {"reward", "judge", "degeneracy", "loss", "preferences", "accuracy"} == pictures
+    page = (report / "report.html").read_text()
+    assert all(f"{picture}.png" in page for picture in pictures) and "Phases" in page
+    described = json.loads((uninterrupted / "export" / "rewriter.json").read_text())
+    assert described["golden"] and described["relevance_version"]
+    assert described["figures"]["improvement_rate"] == found["phase2/improvement_rate"]
+
+
+def test_the_export_rewrites(uninterrupted):
+    rewriter = Rewriter.load(uninterrupted / "export")
+    (rewrite,) = rewriter.rewrite([Context("cycling with chapters")])
+    assert rewrite.length <= 12
+    golden = json.loads((uninterrupted / "export" / "rewriter.json").read_text())["golden"]
+    assert all(np.isfinite(row["surprisal"]) for row in golden)
+
+
+def test_phases_compile_nothing_twice(uninterrupted):
+    compiled = collections.Counter(json.loads(uninterrupted.with_suffix(".events").read_text()))
+    assert compiled["jit(pair_logprobs)"] == 1
+    assert compiled["jit(update)"] <= 3  # the start's, and one for each phase's own schedule
+
+
+def test_a_second_run_skips_what_is_finished(run, uninterrupted):
+    before = digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()
+    done = run(uninterrupted, death="logged:start:0")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "finished before" in line]
+    assert told == [f"{stage}: finished before" for stage in STAGES]
+    assert (digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()) == before
+
+
+def recipe_of(relevance_folder, workdir: pathlib.Path, *arguments: str) -> Recipe:
+    relevance = f"--config.relevance={relevance_folder}"
+    config = read_config(REPOSITORY / "configs/core_smoke.py", [relevance, *arguments])
+    return Recipe(read_settings(config), config, workdir)
+
+
+def test_online_grpo_spends_the_same_rewards(relevance_folder, tmp_path):
+    recipe_of(relevance_folder, tmp_path / "run", "--config.arm=grpo", "--config.supervised.steps=1")()
+    found = [record for record in records(tmp_path / "run") if record["stage"] == "grpo"]
+    assert len(found) * 2 * 4 == 2 * CONTEXTS * REWRITES  # steps x contexts x group = phases x contexts x rewrites
+    for record in found:
+        assert {"reward", "reward_std", "frac_reward_zero_std", "policy", "completions/mean_length"} <= record.keys()
+        assert record["sampler_logprob_gap"] < 1e-4 and not any(key.startswith("first_token/") for key in record)
+    assert facts(tmp_path / "run", "grpo")["steps"] == len(found)
+
+
+def test_a_phase_that_finds_no_pairs_says_why(relevance_folder, tmp_path):
+    """A rewrite of one token has no room to end."""
+    arguments = ("--config.rewriter.max_new_tokens=1", "--config.supervised.mixture={}", "--config.proxy=bm25")
+    with pytest.raises(NoPairs, match=r"phase1: no pair of 24 rewrites reaches phases\.margin 1e-06: none ended"):
+        recipe_of(relevance_folder, tmp_path / "run", *arguments)()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.relevance=nowhere", "nowhere"),
+        ("--config.mpo.row_tokens=32", r"mpo\.row_tokens: 32 is too small: the longest prompt has"),
+        ("--config.data.train.weeks=1", r"data\.train: .*weeks"),
+        ("--config.data.train.format=csv", r"data\.train: format: 'csv' is unknown; it is one of clips, log"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(relevance_folder, tmp_path, argument, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        recipe_of(relevance_folder, tmp_path / "run", argument)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,146 @@
+"""Weekly redeploys on the smoke config: incidents, verdicts, versions, store, pages, and a second start."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from core_jax import gate, weekly_report
+from core_jax.gate import GATE, GATES
+from core_jax.incidents import INCIDENTS, LengthBiased
+from core_jax.recipe import Recipe
+from core_jax.registry import Registry, golden_self_test
+from core_jax.schema import Context
+from core_jax.search.rewrite_store import RewriteStore, SQLite
+from core_jax.settings import read_settings
+from core_jax.weekly import KEY, REGISTRY, STORE, Weekly, read_secret
+from lm_jax.config_file import read_config
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+INCIDENT_WEEKS = {"week2": "constant_rewrite", "week3": "corrupted_checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def config(relevance_folder):
+    weeks = {"weeks": 3, "sessions": 8, "held_out": 24, "incident_steps": 3, "searches": 4, "resamples": 50}
+    config = read_config(REPOSITORY / "configs/core_smoke.py", [f"--config.relevance={relevance_folder}"])
+    return config | {"weekly": weeks | {"incidents": INCIDENT_WEEKS}}
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    """The first week's candidate is let through, the others are not: what follows from a verdict is what is tested."""
+    folder = tmp_path_factory.mktemp("weekly") / "run"
+    recipe = Recipe(read_settings(config), config, folder)
+    recipe()
+    asked = itertools.count()
+
+    def decide(*arguments, **options):
+        found = real(*arguments, **options)
+        passed = tuple(finding._replace(passed=True, reason="") for finding in found.findings)
+        return dataclasses.replace(found, findings=passed, too_few="kept out" if next(asked) >= len(GATES) else "")
+
+    real = gate.decide
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "decide", decide)
+        Weekly(recipe)()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weeks(workdir):
+    return [json.loads((workdir / "stages" / f"week{n}" / "done.json").read_text()) for n in (1, 2, 3)]
+
+
+def test_each_week_starts_from_what_was_promoted_last(workdir, weeks):
+    registry = Registry(workdir / REGISTRY, golden_self_test)
+    first = next(record["to"] for record in registry.history() if record["action"] == "promote")
+    incumbents = [first, *(week["production"] for week in weeks[:-1])]
+    assert [week["incumbent"] for week in weeks] == incumbents
+    assert [week["incident"] for week in weeks] == ["", "constant_rewrite", "corrupted_checkpoint"]
+    assert [week["promoted"]["gate"] for week in weeks] == [True, False, False]
+    assert [week["reasons"] for week in weeks] == [[], ["kept out"], ["kept out"]]
+    assert weeks[0]["production"] == weeks[1]["production"] == weeks[2]["production"] == weeks[0]["candidate"]
+    assert registry.production() == weeks[0]["candidate"] != first
+    assert all(registry.verify(week["candidate"]) for week in weeks)
+    assert len({week["candidate"] for week in weeks}) == 3
+    assert registry.rollback(who="test", why="one command") == first
+    registry.promote(weeks[0]["candidate"], who="test", why="and back")
+
+
+def test_the_store_holds_rewrites_of_the_version_in_production_only(workdir, weeks, config):
+    recipe = Recipe(read_settings(config), config, workdir)
+    contexts = Weekly(recipe).following[3].contexts
+    store = RewriteStore(SQLite(workdir / STORE), read_secret(workdir / KEY))
+    found = [store.read(context.key, weeks[-1]["production"]) for context in contexts]
+    assert {each.reason for each in found} <= {"used", "absent"}
+    assert (workdir / KEY).stat().st_mode & 0o777 == 0o600
+
+
+def test_pages_say_what_was_decided_and_how_to_go_back(workdir, weeks):
+    for week in weeks:
+        page = (workdir / "weeks" / str(week["week"]) / "report.html").read_text()
+        assert f"Week {week['week']}: {week['decision']}" in page and "rollback" in page
+        assert all(criterion.metric in page for criterion in GATE.criteria)
+        assert "What it would have done to search" in page and "reward_only" in page
+        assert (workdir / "weeks" / str(week["week"]) / "metrics.png").exists()
+    page = (workdir / "weeks" / "report.html").read_text()
+    assert "constant_rewrite" in page and "Gates as detectors" in page
+
+
+def test_figures_of_a_week_follow_from_what_is_on_disk(workdir, weeks):
+    metrics = json.loads((workdir / "weeks" / "metrics.json").read_text())
+    assert metrics["gate/false_block_rate"] == 0 and metrics["gate/detection_rate"] == 1
+    assert set(weeks[0]["figures"]) >= {"log_ratio/difference", "truncated/candidate", "surprisal/low"}
+
+
+def test_a_second_start_does_nothing_again(workdir, config, weeks):
+    audit = (workdir / REGISTRY / "audit.jsonl").read_bytes()
+    recipe = Recipe(read_settings(config), config, workdir)
+    Weekly(recipe)()
+    assert (workdir / REGISTRY / "audit.jsonl").read_bytes() == audit
+
+
+def test_incidents_must_be_known_and_in_their_weeks(config):
+    for incidents, message in (({"week1": "typo"}, "week1"), ({"week9": "title_copying"}, "weekly.incidents: 'week9'")):
+        wrong = config | {"weekly": config["weekly"] | {"incidents": incidents}}
+        with pytest.raises(ValueError, match=message):
+            read_settings(wrong)
+
+
+def test_incidents_do_what_they_say():
+    context = Context("chess")
+    assert INCIDENTS["length_padding"].text(context) == "chess chess"
+    assert INCIDENTS["title_copying"].text(context) == "chess"
+    assert len({INCIDENTS["constant_rewrite"].text(Context(q)) for q in "abc"}) == 1
+
+    class Half:
+        version = "half"
+
+        def __call__(self, pairs):
+            return np.full(len(pairs), 0.5)
+
+    short, long = LengthBiased(Half())([("a", None), ("a b c d e f", None)])
+    assert 0.5 < short < long < 1
+
+
+def week(number, incident, promoted, judge=0.5):
+    return {
+        "week": number, "incident": incident, "decision": "promoted" if promoted else "kept the incumbent",
+        "reasons": [] if promoted else ["length: too long"], "promoted": dict.fromkeys(GATES, promoted),
+        "figures": {"log_ratio/difference": 0.1}, "judge": {"incumbent": judge, "candidate": judge + 0.1},
+        "improvement_rate": 0.6,
+    }  # fmt: skip
+
+
+def test_the_page_of_all_weeks_counts_as_the_detector_does(tmp_path):
+    rows = [week(1, "", True), week(2, "title_copying", True), week(3, "title_copying", False), week(4, "", False)]
+    metrics = weekly_report.write(tmp_path, rows)
+    assert metrics["gate/false_block_rate"] == metrics["gate/detection_rate"] == 0.5
+    assert metrics["gate/mean_delay_weeks"] == 1 and metrics["gate/never_detected"] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "copies the watched title" in page and '<a href="3/report.html">3</a>' in page
+    assert dataclasses.is_dataclass(weekly_report.detectors(rows)["gate"])
