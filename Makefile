@@ -20,7 +20,7 @@ quickstart: $(RUN_STAMP)  ## train, distil, evaluate and export a small model fr
 	$(PYTHON) -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
 
 test: $(TEST_STAMP)  ## run all tests (a selection: make test ARGS="tests/afrl_jax -k schema")
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(TEST_STAMP)  ## check the code with ruff
 	@$(PYTHON) -m ruff check .

@@ -1,7 +1,10 @@
 """The surroundings of every test: CPU, no network, one compilation cache. Set before jax is imported anywhere."""
 
+import logging
 import os
 import pathlib
+
+import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -11,3 +14,15 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # plans for TPU topologies compile witho
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns at every fork of a process that has tokenized
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_of_a_program():
+    """A program run in this process by an earlier test set how kernels run and are told; each test begins anew."""
+    from kernels import implementation
+
+    implementation.setting.set_global("auto")
+    implementation.log.handlers = []
+    implementation.log.setLevel(logging.NOTSET)
+    implementation.log.propagate = True
+    implementation._tell.cache_clear()

@@ -13,13 +13,18 @@ import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# The floors below each package. core_jax sees of afrl_jax two modules only; kernels import jax alone, configs nothing.
+# What core_jax sees of afrl_jax: its public face, and what both recipes need - the built-in world and the readers, how
+# a document is shown, two objectives, ranking metrics, the service's errors and style, the command lines' manners.
+FACE = (
+    "scoring", "schema", "data", "answer_format", "sft", "stepwise_grpo", "ranking_metrics", "serve", "command_line"
+)  # fmt: skip
+# The floors below each package; kernels import jax alone, configs nothing.
 BELOW = {
     "kernels": (),
     "sharding": ("kernels",),
     "lm_jax": ("kernels", "sharding"),
     "afrl_jax": ("kernels", "sharding", "lm_jax"),
-    "core_jax": ("kernels", "sharding", "lm_jax", "afrl_jax.scoring", "afrl_jax.schema"),
+    "core_jax": ("kernels", "sharding", "lm_jax", *(f"afrl_jax.{module}" for module in FACE)),
     "configs": (),
 }
 HOUSE = {*BELOW, "benchmarks", "notebooks", "scripts", "tests"}

@@ -5,7 +5,7 @@ FOLDER is the run's; the data lie in FOLDER/data. Prints a JSON object: stage ->
 
 import json
 import pathlib
-import resource
+import re
 import sys
 
 import jax
@@ -15,9 +15,11 @@ jax.config.update("jax_num_cpu_devices", 64)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from afrl_jax import inputs, recipe, scoring  # noqa: E402
+from afrl_jax import batch_plan, inputs, recipe  # noqa: E402
+from afrl_jax.label_step import trace_step  # noqa: E402
 from afrl_jax.rollouts import RolloutSource  # noqa: E402
 from afrl_jax.settings import RLStage, read_settings  # noqa: E402
+from afrl_jax.stage_steps import stage_step  # noqa: E402
 from lm_jax import rows, train_state  # noqa: E402
 from lm_jax.config import preset  # noqa: E402
 from lm_jax.config_file import read_config  # noqa: E402
@@ -62,17 +64,15 @@ def lower(made: recipe.Recipe, name: str, stage) -> dict:
         real, _ = batch_at(None, 0)
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in real.items()}
         answers = None
-    transformation, step = made._step(stage, config, objective)
+    transformation, step = stage_step(stage, config, objective, made.format.label_ids, made.settings)
     state = train_state.abstract_state(parameters, transformation)
     weights = {key: jax.ShapeDtypeStruct((), jnp.float32) for key in coefficients(0)}
     lowered = step.update.lower(state, batch, weights)
     after, metrics = lowered.out_info
     assert {key: x.shape for key, x in after.parameters.items()} == {key: x.shape for key, x in parameters.items()}
-    scored = {key: int32(16, 2048) for key in ("tokens", "positions", "groups", "branches")}
-    scored["label_at"] = int32(16, 256)
-    scores = scoring._label_logprobs.lower(
-        parameters, scored, config=config, label_ids=made.format.label_ids, dtype=made.settings.dtype
-    )
+    grades, dtype = len(made.format.labels), made.settings.dtype
+    batch_of_16, *_ = batch_plan.plan([512] * 64, [0] * 64, [0] * 64, budget=2048, rows=16)
+    scores = trace_step(parameters, config, batch_of_16, grades=grades, prefix_size=512, dtype=dtype).lower()
     held = [x for x in jax.tree.leaves(state) if x.sharding is not None]
     shard_bytes = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in held)
     return {
@@ -96,7 +96,9 @@ def main(folder: pathlib.Path):
     with jax.set_mesh(made.mesh):
         found = {name: lower(made, name, stage) for name, stage in made.stages.items()}
     found["mesh"] = dict(made.mesh.shape)
-    found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not ru_maxrss, which begins with the memory of the process that started this one.
+    (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", pathlib.Path("/proc/self/status").read_text(), re.MULTILINE)
+    found["gigabytes"] = int(peak) / 2**20
     print(json.dumps(found))
 
 

@@ -1,0 +1,252 @@
+"""The curriculum study: does the order of the stages matter, and does the order of the answer?
+
+    python -m benchmarks.curriculum --workdir=runs/curriculum --output=docs/studies
+    python -m benchmarks.curriculum --smoke --workdir=runs/curriculum_smoke
+
+On clips, from scratch. Order: S0 domain text, S1 single-rule cases, S2 near misses and conflicts, S3 RL on prompts with
+mixed groups, S4 RL on the natural mix with the SFT auxiliary loss; against the same sources shuffled, and against the
+last mix alone - same steps, rows and tokens. Answer: the grade first and then why; the grade alone; the reason first
+and the grade last - same steps and rows, supervised stages only. Reason-first pays for its score with a decode, so both
+accuracy and the seconds of scoring are told. Stopping and starting again continues. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from afrl_jax.answer_format import AnswerFormat, render_explanation
+from afrl_jax.data import batches, sources
+from afrl_jax.data.clips_rulebooks import natural_frequencies
+from afrl_jax.evaluation import BUCKETS, Predictions, evaluate_predictions, query_numbers
+from afrl_jax.inputs import open_inputs
+from afrl_jax.instructions.client import LocalModel
+from afrl_jax.schema import DomainText, Judgment
+from afrl_jax.settings import SFTStage, read_settings
+from afrl_jax.stage_steps import stage_objective, stage_step
+from benchmarks import studies
+from lm_jax import report_pictures, train_state
+from lm_jax.parameters import Parameters, abstract, initialize
+from lm_jax.report_pictures import Picture, Plot, Rows
+from lm_jax.run_folder import RunFolder
+from lm_jax.run_log import RunLog
+from lm_jax.train_loop import fit
+
+ORDERS = ("ordered", "shuffled", "last")
+ANSWERS = ("answer first", "label only", "reason first")
+COLUMNS = {"macro-F1": "macro_f1", "accuracy": "accuracy", **{b: f"rule_recall/{b}" for b in BUCKETS},
+           "QWK": "quadratic_weighted_kappa", "pair accuracy": "pair_accuracy",
+           "seconds for 100 pairs": "scoring_seconds"}  # fmt: skip
+TIMED = 100
+
+
+def staged_config(seed: int, order: str, smoke: bool) -> dict[str, Any]:
+    """S0 to S4 on the quickstart's model."""
+    base = studies.base_config(smoke)
+    text, sft, rl = base["text"], base["sft"], base["rl"]
+    size = {"split": "train", "documents_per_query": 4 if smoke else 8, "queries": 20 if smoke else 1500}
+    data = {
+        **base["data"],
+        "single": {"format": "clips", "difficulty": 0.0, "rule_balance": 0.5, **size},
+        "hard": {"format": "clips_contrasts", **size},
+        "natural": {"format": "clips", **size},
+    }
+    half = {**sft, "steps": sft["steps"] // 2}
+    rollouts = {**rl["rollouts"], "pool": 2 if smoke else 4}
+    stages = {
+        "s0": text,
+        "s1": {**half, "mixture": {"single": 0.8, text["texts"]: 0.2}},
+        "s2": {**half, "mixture": {"hard": 0.5, "natural": 0.5}},
+        "s3": {**rl, "prompts_from": "natural", "rollouts": rollouts, "sft_weight": 0.0, "arm": "fixed"},
+        "s4": {**rl, "prompts_from": "natural", "arm": "fixed", "sft_weight": 0.5},
+    }
+    kept = {key: base[key] for key in ("tokenizer", "vocabulary", "show_rules", "teacher", "student", "evaluation")}
+    return {**kept, **stages, "data": data, "seed": seed, "stages": tuple(stages), "curriculum": order,
+            "title": f"curriculum: {order}"}  # fmt: skip
+
+
+def answer_config(seed: int, explained: bool, smoke: bool) -> dict[str, Any]:
+    """The supervised stages alone; without explanations the same pairs train the grade alone."""
+    config = staged_config(seed, "ordered", smoke)
+    stages = config["stages"][:3]
+    if not explained:
+        judged = ("single", "hard", "natural")
+        data = {name: {**source, "explained": False} if name in judged else source for name, source in
+                config["data"].items()}  # fmt: skip
+        config = {**config, "data": data}
+    return {**config, "stages": stages, "title": "answer order"}
+
+
+def reason_text(format: AnswerFormat, judgment: Judgment) -> DomainText:
+    """A judged pair with the reason first: the prompt is given, the explanation and then the grade are learned."""
+    label = format.labels[judgment.grade]
+    reason = render_explanation(judgment.explanation, label).removesuffix(f"\nVerdict: {label}")
+    given = format.prefix_text(judgment.query) + format.document_text(judgment.document)
+    return DomainText((given, f"{reason}{format.template.slot}{label}"))
+
+
+def reason_first(config: Mapping[str, Any], workdir: Path) -> Predictions:
+    """Train the same stages on reasons before grades; grade the test pairs by decoding."""
+    settings = read_settings(config)
+    inputs = open_inputs(settings, workdir / "tokenizer")
+    run, log = RunFolder(workdir, {**config, "answer": "reason first"}), RunLog(workdir)
+    format, shape = inputs.format, inputs.shapes["teacher"]
+    if not (folder := workdir / "tokenizer").exists():
+        format.tokenizer.save(folder)
+    held: Parameters | None = None
+    for number, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
+        if run.finished(name):
+            held = run.arrays(name, abstract(shape, None))
+            continue
+        mixture = stage.mixture if isinstance(stage, SFTStage) else {stage.texts: 1.0}
+        groups = []
+        for source, share in mixture.items():
+            texts = inputs.texts.get(source) or [reason_text(format, j) for j in inputs.judgments[source]]
+            groups.append((batches.text_groups(format.tokenizer, texts, stage.row_tokens), share))
+        rows = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, len(format.labels))
+        dataset = batches.row_batches(
+            groups, rows, rows=stage.rows, branches_together=stage.branches_together, seed=settings.seed * 1000 + number
+        )
+        objective, coefficients = stage_objective(stage)
+        transformation, step = stage_step(stage, shape, objective, format.label_ids, settings)
+        parameters = initialize(shape, settings.seed) if held is None else held
+        state = fit(
+            stage=name, state=train_state.create(parameters, transformation), step=step,
+            batch_at=batches.in_order(dataset), coefficients=coefficients, steps=stage.steps,
+            folder=run.checkpoints(name), log=log, save_every=stage.save_every, mesh=None,
+        )  # fmt: skip
+        held = state.parameters
+        run.finish(name, {"steps": stage.steps}, held)
+    log.close()
+    return _decoded(LocalModel(shape, held, format.tokenizer, rows=16), format, settings, workdir)
+
+
+def _decoded(model: LocalModel, format: AnswerFormat, settings: Any, workdir: Path) -> Predictions:
+    """Greedy reasons; the label after the slot is the grade, and an answer without one counts as wrong."""
+    judgments = sources.open_judgments(settings.data[settings.evaluation.test], format.instruction, settings.seed)
+    file = workdir / "predicted.npy"
+    if not file.exists():
+        prompts = [format.prefix_text(j.query) + format.document_text(j.document) for j in judgments]
+        tokens = settings.evaluation.max_new_tokens + 8
+        answers = model.complete(prompts, max_tokens=tokens)
+        said = [answer.text.rpartition(format.template.slot)[2] for answer in answers]
+        np.save(file, [format.labels.index(label) if label in format.labels else -1 for label in said])
+        began = time.monotonic()
+        model.complete(prompts[:TIMED], max_tokens=tokens)
+        (workdir / "scoring.json").write_text(json.dumps((time.monotonic() - began) * TIMED / len(prompts[:TIMED])))
+    predicted, gold = np.load(file), np.array([judgment.grade for judgment in judgments])
+    # An answer without a label is given the grade farthest from the gold one.
+    count = len(format.labels)
+    predicted = np.where(predicted < 0, np.where(gold < count / 2, count - 1, 0), predicted)
+    return _predictions(judgments, np.eye(count)[predicted])
+
+
+def _predictions(judgments: Sequence[Judgment], probabilities: np.ndarray) -> Predictions:
+    return Predictions(
+        query_index=query_numbers(judgments),
+        grade=np.array([j.grade for j in judgments]),
+        probabilities=probabilities,
+        rule=np.array([j.rules[0] for j in judgments]),
+    )
+
+
+def _prefill_seconds(workdir: Path, config: Mapping[str, Any]) -> float:
+    """Seconds to score so many test pairs by their first token, after a warm-up, kept in the run's folder."""
+    from afrl_jax.scoring import RelevanceModel
+
+    file = workdir / "scoring.json"
+    if not file.exists():
+        model = RelevanceModel.load(workdir / "export")
+        source = config["data"][config["evaluation"].get("test", "dev")]
+        judgments = sources.open_judgments(source, model.format.instruction, config["seed"])[:TIMED]
+        pairs = [(judgment.query, judgment.document) for judgment in judgments]
+        model.label_logprobs(pairs)
+        began = time.monotonic()
+        jax.block_until_ready(model.label_logprobs(pairs))
+        file.write_text(json.dumps((time.monotonic() - began) * TIMED / len(pairs)))
+    return json.loads(file.read_text())
+
+
+def _figures(predictions: Predictions, frequency: Mapping[int, float], seconds: float) -> dict[str, float]:
+    found = evaluate_predictions(predictions, rule_frequency=frequency, resamples=1)
+    return {name: found[name].value for name in COLUMNS.values() if name in found} | {"scoring_seconds": seconds}
+
+
+def _draw(rows: Rows) -> Picture:
+    arms = report_pictures.distinct(rows, "arm")
+    picture = report_pictures.blank(report_pictures.WIDTH, 0.5 * len(arms) + 1.2)
+    panel = picture.subplots()
+    for metric, color in report_pictures.colors_of(report_pictures.distinct(rows, "metric")).items():
+        of_metric = [row for row in rows if row["metric"] == metric]
+        places = [arms.index(row["arm"]) for row in of_metric]
+        panel.plot([row["value"] for row in of_metric], places, "o", color=color, label=metric, alpha=0.7)
+    panel.set_yticks(range(len(arms)), arms)
+    panel.invert_yaxis()
+    panel.xaxis.set_major_formatter(PercentFormatter(1))
+    report_pictures.shared_legend(picture)
+    return picture
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parsed = studies.arguments(__doc__, "runs/curriculum")
+    arms = studies.chosen({name: functools.partial(_arm, name) for name in (*ORDERS, *ANSWERS)}, parsed.arms)
+    frequency = natural_frequencies()
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, arm in arms.items():
+        found[name] = []
+        for seed in range(parsed.seeds):
+            predictions, seconds = arm(seed, parsed.workdir / name.replace(" ", "_") / f"seed{seed}", parsed.smoke)
+            found[name].append(_figures(predictions, frequency, seconds))
+    rows = [
+        [name, *(studies.cell([s.get(key, np.nan) for s in seeds]) for key in COLUMNS.values())]
+        for name, seeds in found.items()
+    ]
+    differences = [
+        [f"{one} − {other}", *(studies.cell([a.get(key, np.nan) - b.get(key, np.nan) for a, b in
+                                             zip(found[one], found[other], strict=True)], signed=True)
+                               for key in COLUMNS.values())]
+        for one, other in (("ordered", "shuffled"), ("ordered", "last"), ("answer first", "label only"),
+                           ("answer first", "reason first"))
+        if one in found and other in found
+    ]  # fmt: skip
+    parts = [
+        "# Curriculum and order of the answer",
+        f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds; differences are paired by seed. "
+        "An interval that holds 0 shows no difference.",
+        "```\npython -m benchmarks.curriculum --workdir=runs/curriculum --output=docs/studies\n```",
+        studies.markdown_table(["arm", *COLUMNS], rows),
+        studies.markdown_table(["difference", *COLUMNS], differences),
+    ]
+    shown = [
+        {"arm": name, "seed": seed, "metric": title, "value": of_seed[key]}
+        for name, seeds in found.items()
+        for seed, of_seed in enumerate(seeds)
+        for title, key in COLUMNS.items()
+        if key in of_seed and key != "scoring_seconds"
+    ]
+    caption = "A dot a seed. On held-out queries; recall by rules in the natural mix's head, torso and tail."
+    plots = [Plot("curriculum", "All arms", caption, shown, _draw)]
+    studies.write_page(parsed.output, "curriculum", parts, plots, found)
+    print(json.dumps({name: studies.over_seeds([s["macro_f1"] for s in seeds])[0] for name, seeds in found.items()}))
+
+
+def _arm(name: str, seed: int, workdir: Path, smoke: bool) -> tuple[Predictions, float]:
+    if name == "reason first":
+        predictions = reason_first(answer_config(seed, True, smoke), workdir)
+        return predictions, json.loads((workdir / "scoring.json").read_text())
+    config = staged_config(seed, name, smoke) if name in ORDERS else answer_config(seed, name == "answer first", smoke)
+    studies.run(config, workdir)
+    return studies.predictions_of(workdir, "rl" if name in ORDERS else "sft"), _prefill_seconds(workdir, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Every config of the rewriter reads and says how it is run."""
+
+import json
+import pathlib
+
+import pytest
+
+from core_jax.settings import read_settings
+from lm_jax.config_file import read_config
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("core_*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_config_says_how_it_is_run_and_reads(file):
+    config = read_config(file, [])
+    settings = read_settings(config)
+    assert settings.title and settings.arm == "mpo" and settings.phases.count >= 2
+    assert f"python -m core_jax.main --config=configs/{file.name} --workdir=" in file.read_text().split('"""')[1]
+    json.dumps(config)
+    if settings.relevance_config:
+        assert (REPOSITORY / settings.relevance_config).exists()
+
+
+def test_one_override_moves_all_data_of_the_real_size():
+    config = read_config(REPOSITORY / "configs/core_qwen3.py", ["--config.data_root=elsewhere"])
+    paths = [source["path"] for table in ("data", "rewrites") for source in config[table].values()]
+    assert len(paths) == 3 and all(path.startswith("elsewhere/") for path in paths)
