@@ -71,6 +71,13 @@ def _judgment(
         raise row.error("query_id", f"{query_id!r} is not among the {len(queries)} queries")
     if doc_id not in documents:
         raise row.error("doc_id", f"{doc_id!r} is not among the {len(documents)} documents")
+    return judgment_of(row, queries[query_id], documents[doc_id], grade_mapping, unjudged)
+
+
+def judgment_of(
+    row: Row, query: Query, document: Document, grade_mapping: GradeMapping, unjudged: bool = False
+) -> Judgment:
+    """The judgment of a row {grade[, explanation, rules, weight]} on a pair."""
     raw = row.value("grade", None) if unjudged else row.value("grade")
     try:
         grade = None if raw is None else grade_mapping.index(raw)
@@ -85,9 +92,7 @@ def _judgment(
     explanation = _explanation(row)
     if explanation and rules and explanation.rule != rules[0]:
         raise row.error("rules", f"the deciding rule comes first: {explanation.rule} in the explanation, got {rules!r}")
-    return Judgment(
-        queries[query_id], documents[doc_id], grade, explanation, tuple(rules), row.weight("weight", default=1.0)
-    )
+    return Judgment(query, document, grade, explanation, tuple(rules), row.weight("weight", default=1.0))
 
 
 def _explanation(row: Row) -> Explanation | None:

@@ -1,4 +1,4 @@
-"""Readers of human judgments (a judgments folder, TREC topics with qrels, Amazon's ESCI) and of pairs; the writer.
+"""Readers of human judgments (a judgments folder, TREC, Amazon's ESCI, a dataset) and of pairs; the writer.
 
 `read_judgments` is the door: a config names the format and where the files are, and the scale is applied here, once.
 The other formats are turned into rows of the folder contract
@@ -14,26 +14,30 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from afrl_jax.data.grade_mapping import GradeMapping
-from afrl_jax.data.judgment_rows import document_of, document_row, join, judgment_row, query_row
-from afrl_jax.data.tables import DataError, FileError, Problems, Row, find_table, read_lines, read_rows
+from afrl_jax.data.judgment_rows import document_of, document_row, join, judgment_of, judgment_row, query_row
+from afrl_jax.data.tables import DataError, FileError, Problems, Row, find_table, parse_rows, read_lines, read_rows
 from afrl_jax.schema import Document, Judgment, Query, Scale
+
+_Made = TypeVar("_Made")
 
 
 def read_judgments(source: Mapping[str, Any], scale: Scale) -> list[Judgment]:
     """Reads graded judgments in file order, each raw grade mapped to its index on `scale`.
 
     Args:
-        source: `format` ("folder" where absent, "trec" or "esci"), the arguments of `read_folder`, `read_trec` or
-            `read_esci` other than `grade_mapping`, and optionally `grades` and `thresholds` of `GradeMapping`.
+        source: `format` ("folder" where absent, "trec", "esci" or "dataset"), the arguments of `read_folder`,
+            `read_trec`, `read_esci` or `read_dataset` other than `grade_mapping`, and optionally `grades` and
+            `thresholds` of `GradeMapping`.
             Example: {"format": "folder", "path": "data/crowdflower/train"}.
         scale: the grades, least relevant first.
 
@@ -157,6 +161,18 @@ def read_esci(
     return join(query_rows.values(), document_rows, judgment_rows, grade_mapping, problems)
 
 
+def read_dataset(path: str | Path, grade_mapping: GradeMapping, split: str = "train") -> list[Judgment]:
+    """Reads a split of a dataset that `afrl_jax.data.logged_judgments` wrote; its labels are the raw grades."""
+    from afrl_jax.data.relevance_dataset_builder import open_judgments  # imports TFDS, which takes a second
+
+    source = open_judgments(path, split)
+    try:
+        index = [grade_mapping.index(label) for label in source.labels]
+    except ValueError as error:
+        raise DataError([f"{path}: grade: {error}"]) from error
+    return [dataclasses.replace(judgment, grade=index[judgment.grade]) for judgment in source]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
     """A query and a document to score. `carried` holds the row's other fields, ids first of all, for the output row."""
@@ -184,11 +200,32 @@ def read_pairs(path: str | Path) -> Iterator[Pair | BadRow]:
     Raises:
         FileError: the file cannot be read any further, or holds no row.
     """
+    return _each(functools.partial(read_rows, Path(path)), _pair)
+
+
+def parse_judged_pairs(path: str, stream: IO[bytes], grade_mapping: GradeMapping) -> Iterator[Judgment | BadRow]:
+    """Streams the rows of an open file of `read_pairs`, each of which also has a grade.
+
+    So a row is whole in itself, as logs are: {query_id, query[, context], doc_id, title[, text], grade[, explanation,
+    rules, weight]}.
+
+    Raises:
+        FileError: the file cannot be read any further, or holds no row.
+    """
+
+    def judged(row: Row) -> Judgment:
+        pair = _pair(row)
+        return judgment_of(row, pair.query, pair.document, grade_mapping)
+
+    return _each(functools.partial(parse_rows, path, stream), judged)
+
+
+def _each(read: Callable[[Problems], Iterator[Row]], make: Callable[[Row], _Made]) -> Iterator[_Made | BadRow]:
     unread = _InOrder()
-    for row in read_rows(Path(path), unread):
+    for row in read(unread):
         yield from unread.take()
         try:
-            yield _pair(row)
+            yield make(row)
         except DataError as error:
             yield BadRow(str(error), row.values)
     yield from unread.take()
@@ -264,7 +301,7 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 _PAIR_FIELDS = ("query", "context", "document", "title", "text")
-_READERS = {"folder": read_folder, "trec": read_trec, "esci": read_esci}
+_READERS = {"folder": read_folder, "trec": read_trec, "esci": read_esci, "dataset": read_dataset}
 _EXAMPLE_FIELDS = {"query_id": "query_id", "text": "query", "doc_id": "product_id", "grade": "esci_label"}
 _PRODUCT_FIELDS = {
     "doc_id": "product_id",

@@ -18,6 +18,9 @@ from afrl_jax.schema import Document, Explanation, Judgment, Match, Query, Scale
 class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
     """Builds one array_record split of each iterable of judgments; record i of a split is its i-th judgment.
 
+    A split may also be a Beam transform to (key, `to_example` of a judgment): see `afrl_jax.data.logged_judgments`. Its
+    records lie in the order of their keys' hashes, and `pipeline_result` is what Beam says of the run.
+
     Example:
         builder = RelevanceDataset(data_dir=..., file_format="array_record", scale=scale, splits={"train": judgments})
         builder.download_and_prepare()
@@ -25,9 +28,10 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, scale: Scale, splits: Mapping[str, Iterable[Judgment]], **builder_arguments: Any):
+    def __init__(self, *, scale: Scale, splits: Mapping[str, Any], **builder_arguments: Any):
         self._scale = scale
         self._splits = splits
+        self.pipeline_result: Any = None
         super().__init__(**builder_arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -35,8 +39,8 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Graded judgments of documents for queries, with explanations where the data have them.",
-            # The order of the judgments is kept; batches are drawn by random access.
-            disable_shuffling=True,
+            # The order of judgments that have one is kept; batches are drawn by random access.
+            disable_shuffling=all(isinstance(split, Iterable) for split in self._splits.values()),
             features=tfds.features.FeaturesDict(
                 {
                     "query": {"query_id": text, "text": text, "context": text},
@@ -57,8 +61,11 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
-        return {split: self._generate_examples(split) for split in self._splits}
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {
+            name: self._generate_examples(name) if isinstance(split, Iterable) else split
+            for name, split in self._splits.items()
+        }
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         index = None
@@ -66,6 +73,9 @@ class RelevanceDataset(tfds.core.GeneratorBasedBuilder):
             yield index, to_example(judgment)
         if index is None:
             raise ValueError(f"split {split!r} has no judgment")
+
+    def _process_pipeline_result(self, pipeline_result: Any) -> None:
+        self.pipeline_result = pipeline_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +87,7 @@ class JudgmentSource:
 
     data_dir: str
     split: str
+    labels: tuple[str, ...] = dataclasses.field(repr=False)  # of the scale it was written with
     _records: Any = dataclasses.field(repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -113,7 +124,8 @@ def open_judgments(data_dir: str | Path, split: str) -> JudgmentSource:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(builder.info.splits)}")
-    return JudgmentSource(str(data_dir), split, builder.as_data_source(split=split))
+    labels = tuple(builder.info.features["grade"].names)
+    return JudgmentSource(str(data_dir), split, labels, builder.as_data_source(split=split))
 
 
 def to_example(judgment: Judgment) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     {"format": "clips_contrasts", "split": "train", "queries": 1000, "documents_per_query": 8}
     {"format": "clips_rulebooks", "split": "train", "queries": 4000, "documents_per_query": 8, "most_rules": 16}
     {"format": "clips_text", "split": "train", "texts": 20000, "size": 3}
-    {"format": "folder" | "trec" | "esci", ...}          a real data set, see afrl_jax.data.readers
+    {"format": "folder" | "trec" | "esci" | "dataset", ...}          a real data set, see afrl_jax.data.readers
 
 Judgments of any of them take `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one
 folder gives disjoint parts; and `explained`: False trains the grades alone, which fits twice the pairs into a row.

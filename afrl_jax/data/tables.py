@@ -11,12 +11,13 @@ import csv
 import dataclasses
 import datetime
 import gzip
+import io
 import json
 import math
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FOLDER_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _REQUIRED = object()
@@ -73,7 +74,7 @@ class Row:
     field bears in the file, where it is another.
     """
 
-    path: Path
+    path: Path | str
     line: int
     values: Mapping[str, Any]
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -151,16 +152,21 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     What is no row (invalid JSON, a wrong number of cells, a damaged archive) goes to `problems`, as does an empty file;
     blank lines hold nothing and are passed over.
     """
-    readers = {".jsonl": _json_rows, ".jsonl.gz": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
-    reader = next((reader for suffix, reader in readers.items() if path.name.endswith(suffix)), None)
-    if reader is None:
-        problems.add(FileError([f"{path}: unknown kind of file; the name must end in {', '.join(readers)}"]))
-        return
-    if not path.is_file():
+    if _parser(path) and not path.is_file():
         problems.add(FileError([f"{path}: no such file"]))
         return
+    with path.open("rb") if _parser(path) else io.BytesIO() as stream:
+        yield from parse_rows(path, stream, problems)
+
+
+def parse_rows(path: Path | str, stream: IO[bytes], problems: Problems) -> Iterator[Row]:
+    """`read_rows` of a file that is open already, wherever it lies; its name tells its kind."""
+    parser = _parser(path)
+    if parser is None:
+        problems.add(FileError([f"{path}: unknown kind of file; the name must end in {', '.join(_PARSERS)}"]))
+        return
     empty = True
-    for row in reader(path):
+    for row in parser(path, stream):
         empty = False
         if isinstance(row, DataError):
             problems.add(row)
@@ -172,18 +178,23 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Streams (line number, line) of a plain or gzipped file; a damaged archive is a `DataError`."""
+    with path.open("rb") as stream:
+        yield from _lines(path, stream)
+
+
+def _lines(path: Path | str, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-        except (EOFError, OSError, zlib.error) as error:
-            raise FileError([f"{path}:{number}: the file is damaged after this line: {error}"]) from error
-
-
-def _json_rows(path: Path) -> Iterator[Row | DataError]:
     try:
-        for number, line in read_lines(path):
+        with gzip.open(stream) if str(path).endswith(".gz") else contextlib.nullcontext(stream) as lines:
+            for number, line in enumerate(lines, start=1):
+                yield number, line
+    except (EOFError, OSError, zlib.error) as error:
+        raise FileError([f"{path}:{number}: the file is damaged after this line: {error}"]) from error
+
+
+def _json_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
+    try:
+        for number, line in _lines(path, stream):
             if not line.strip():
                 continue
             try:
@@ -211,13 +222,13 @@ def _field_with_half_character(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row | DataError]:
+def _parquet_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(stream) as file:
             for batch in file.iter_batches(batch_size=4096):
                 for values in batch.to_pylist():
                     number += 1
@@ -226,11 +237,11 @@ def _parquet_rows(path: Path) -> Iterator[Row | DataError]:
         yield FileError([f"{path}:{number}: not readable as Parquet after this row: {error}"])
 
 
-def _csv_rows(path: Path) -> Iterator[Row | DataError]:
+def _csv_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
     line = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True)
             header = next(reader, [])
             while line := reader.line_num + 1:  # a quoted cell may span lines: a row is named by its first
                 cells = next(reader, None)
@@ -242,3 +253,10 @@ def _csv_rows(path: Path) -> Iterator[Row | DataError]:
                     yield DataError([f"{path}:{line}: {len(cells)} cells, but the header names {len(header)}"])
     except (csv.Error, UnicodeDecodeError) as error:
         yield FileError([f"{path}:{line}: not readable as CSV: {error}"])
+
+
+_PARSERS = {".jsonl": _json_rows, ".jsonl.gz": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+
+
+def _parser(path: Path | str) -> Callable[[Path | str, IO[bytes]], Iterator[Row | DataError]] | None:
+    return next((parser for suffix, parser in _PARSERS.items() if str(path).endswith(suffix)), None)
