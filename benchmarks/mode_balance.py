@@ -81,7 +81,7 @@ def arm_config(arm: Arm, seed: int, start: Path, smoke: bool) -> dict[str, Any]:
     steps = 4 if smoke else 60
     experts = {"expert_rows": 2 if smoke else 4}
     prompts = quick["prompts_from"]
-    common = {"steps": steps, "learning_rate": 2e-4, "schedule": "constant", "save_every": steps}
+    common = {"steps": steps, "learning_rate": 5e-5, "schedule": "constant", "save_every": steps}
     if arm.supervised:
         size = {key: base[base["stages"][-1]][key] for key in ("row_tokens",)}
         stage = {"kind": "sft", "mixture": {"expert": 1.0}, "rows": experts["expert_rows"], **size, **common}

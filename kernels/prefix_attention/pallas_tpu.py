@@ -69,8 +69,8 @@ def prefix_attention(
     tiles, rows = tokens // queries, queries * M
 
     def heads_first(x: jax.Array, length: int) -> jax.Array:
-        """[.., length, K, ..] to [.., K, length, ..], padded with zeros: 0 times what is masked must be 0."""
-        return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)).swapaxes(1, 2)
+        """[.., length, K, H] to [.., K, length, H], padded with zeros: 0 times what is masked must be 0."""
+        return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)]).swapaxes(1, 2)
 
     starts_BT = jnp.pad(starts_BT, ((0, 0), (0, tokens - T)), constant_values=tokens)
     position_T = jnp.arange(tokens, dtype=jnp.int32)
@@ -78,9 +78,11 @@ def prefix_attention(
     first_tile_Bi = jnp.min(starts_BT.reshape(B, tiles, queries), axis=-1) // queries
     row = pl.BlockSpec((1, 1, tokens, H), lambda k, b, i, *_: (b, k, 0, 0))
     of_prefix = pl.BlockSpec((1, 1, prefix, H), lambda k, b, i, prefix_of, *_: (prefix_of[b], k, 0, 0))
-    of_queries = pl.BlockSpec((1, 1, rows, H), lambda k, b, i, *_: (b, k, i, 0))
+    of_queries = pl.BlockSpec((1, M, queries, H), lambda k, b, i, *_: (b, k, i, 0))
     moved = 2 * q_BTNH.size * q_BTNH.dtype.itemsize + 2 * k_BTKH.size * k_BTKH.dtype.itemsize
-    mixed_BKRH = pl.pallas_call(
+    # A step's rows are M heads, one after the other: tokens stay along sublanes, and nothing is padded to a tile.
+    span_B2iMT = jnp.broadcast_to(span_B2T.reshape(B, 2, tiles, 1, queries), (B, 2, tiles, M, queries))
+    mixed_BNTH = pl.pallas_call(
         functools.partial(_kernel, queries=queries, keys=keys, scale=H**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -91,7 +93,7 @@ def prefix_attention(
             ],
             out_specs=of_queries,
         ),
-        out_shape=jax.ShapeDtypeStruct((B, K, tokens * M, H), v_BTKH.dtype),
+        out_shape=jax.ShapeDtypeStruct((B, N, tokens, H), v_BTKH.dtype),
         compiler_params=tpu_memory.compiler_params("parallel", "parallel", "parallel"),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * T * N * H * (S + queries),
@@ -103,14 +105,14 @@ def prefix_attention(
         prefix_of_B.astype(jnp.int32),
         prefix_lengths_P.astype(jnp.int32),
         first_tile_Bi,
-        jnp.repeat(span_B2T, M, axis=2),
-        heads_first(q_BTNH.reshape(B, T, K, M, H), tokens).reshape(B, K, tokens * M, H),
+        span_B2iMT.reshape(B, 2, tokens * M),
+        heads_first(q_BTNH, tokens),
         heads_first(k_BTKH, tokens),
         heads_first(v_BTKH, tokens),
         heads_first(prefix_k_PSKH, prefix),
         heads_first(prefix_v_PSKH, prefix),
     )  # fmt: skip
-    return mixed_BKRH.reshape(B, K, tokens, M, H).swapaxes(1, 2)[:, :T].reshape(B, T, N, H)
+    return mixed_BNTH.swapaxes(1, 2)[:, :T]
 
 
 def _kernel(
@@ -118,7 +120,7 @@ def _kernel(
     *, queries: int, keys: int, scale: float,
 ):  # fmt: skip
     row, tile = pl.program_id(1), pl.program_id(2)
-    query = q_ref[0, 0]
+    query = q_ref[0].reshape(-1, q_ref.shape[-1])
     start, position = span_ref[0, 0:1, :], span_ref[0, 1:2, :]
 
     def over(keys_ref, values_ref, size: int, visible):
@@ -151,4 +153,4 @@ def _kernel(
     over_row = over(k_ref, v_ref, queries, lambda key: (start <= key) & (key <= position))
     _, total, mixed = jax.lax.fori_loop(first_tile, tile + 1, over_row, state)
     mixed = jnp.where(start <= position, mixed / jnp.where(total > 0, total, 1.0), 0.0)
-    out_ref[0, 0] = mixed.T.astype(out_ref.dtype)
+    out_ref[0] = mixed.T.astype(out_ref.dtype).reshape(out_ref.shape[1:])

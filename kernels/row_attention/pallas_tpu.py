@@ -6,7 +6,7 @@ Three kernels over one grid of row x key/value head x outer tile x inner tile:
     d_q       for each tile of queries, over the keys:  sum of keys weighted by d_score
     d_kv      for each tile of keys, over the queries:  sums of queries by d_score and of d_mixed by weight
 
-A tile has keys along sublanes and queries along lanes, the M heads of a token that share a key/value head side by side,
+A tile has keys along sublanes and queries along lanes, of all M heads that share a key/value head, one after the other,
 so that a key is loaded for all of them and what is kept per query is a dense row [1, r]. Which tiles hold a token that
 some token of the other may look at is found before, from the least and greatest place in each (`place`): in a row of a
 trunk and branches these are the trunk, the diagonal and, of other branches, nothing. A tile that is left out is not
@@ -16,7 +16,7 @@ Nine matrix products of the size of the scores forward and backward, where seven
 both backward kernels compute the scores and the weights' derivatives again. Bytes moved: the outer operands and results
 once, the inner ones once per outer tile that sees them. Around it XLA puts the heads first, one copy of each array.
 
-As compiled for v5e, v5p and v6e, a row of 1024 tokens with the heads of Qwen3-0.6B in bfloat16 needs at most 5.3 MiB of
+As compiled for v5e, v5p and v6e, a row of 1024 tokens with the heads of Qwen3-0.6B in bfloat16 needs at most 5.8 MiB of
 VMEM; without branches the kernels move 1.1 to 1.3 times the least, and the module holds at most 14 MiB of temporaries.
 """
 
@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import streaming, tpu_memory
 from kernels.row_attention.place import sees, trunk_of
-from kernels.row_attention.reference import along_mixed, heads_first
+from kernels.row_attention.reference import along_mixed
 
 KEYS = 512  # tokens a key tile has at most
 ROWS = 1024  # queries a query tile has at most, all heads of a token counted
@@ -65,15 +65,15 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(mixed_BTNH in v's dtype, normalizer_BKTM = logsumexp of the scores in float32)."""
     row = _Row(q_BTNH, k_BTKH, place_BT)
-    mixed_BKRH, normalizer_BK1R = row.call(
+    mixed_BNTH, normalizer_BK1R = row.call(
         _forward_kernel,
-        [row.queries_first(q_BTNH), row.keys_first(k_BTKH), row.keys_first(v_BTKH)],
+        [row.heads_first(q_BTNH), row.heads_first(k_BTKH), row.heads_first(v_BTKH)],
         outer="queries", inner="keys", operands=["queries", "keys", "keys"],
         results=[("queries", v_BTKH.dtype), ("statistic", jnp.float32)],
         sums=[(row.H, row.rows), (1, row.rows), (1, row.rows)],
         products=2, name="row_attention_forward",
     )  # fmt: skip
-    return row.heads_last(mixed_BKRH), row.per_query(normalizer_BK1R)
+    return row.heads_last(mixed_BNTH), row.per_query(normalizer_BK1R)
 
 
 def backward(
@@ -88,28 +88,28 @@ def backward(
     """(d_q_BTNH, d_k_BTKH, d_v_BTKH), in the dtypes of q, k and v."""
     row = _Row(q_BTNH, k_BTKH, place_BT)
     operands = {
-        "queries": [row.queries_first(q_BTNH), row.queries_first(d_mixed_BTNH.astype(v_BTKH.dtype))],
+        "queries": [row.heads_first(q_BTNH), row.heads_first(d_mixed_BTNH.astype(v_BTKH.dtype))],
         "statistic": [row.statistic(normalizer_BKTM), row.statistic(along_mixed(mixed_BTNH, d_mixed_BTNH, row.K))],
-        "keys": [row.keys_first(k_BTKH), row.keys_first(v_BTKH)],
+        "keys": [row.heads_first(k_BTKH), row.heads_first(v_BTKH)],
     }
     kinds = [kind for kind, arrays in operands.items() for _ in arrays]
     arrays = [array for arrays in operands.values() for array in arrays]
-    (d_q_BKRH,) = row.call(
+    (d_q_BNTH,) = row.call(
         _d_q_kernel, arrays, outer="queries", inner="keys", operands=kinds, results=[("queries", q_BTNH.dtype)],
         sums=[(row.H, row.rows)], products=3, name="row_attention_d_q",
     )  # fmt: skip
-    d_k_BKSH, d_v_BKSH = row.call(
+    d_k_BKTH, d_v_BKTH = row.call(
         _d_kv_kernel, arrays, outer="keys", inner="queries", operands=kinds,
         results=[("keys", k_BTKH.dtype), ("keys", v_BTKH.dtype)],
         sums=[(row.keys, row.H)] * 2, products=4, name="row_attention_d_kv",
     )  # fmt: skip
-    return row.heads_last(d_q_BKRH), *(x[:, :, : row.T].swapaxes(1, 2) for x in (d_k_BKSH, d_v_BKSH))
+    return tuple(map(row.heads_last, (d_q_BNTH, d_k_BKTH, d_v_BKTH)))
 
 
 class _Row:
     """The shapes of one call, and the layout that the kernels work in: heads first, tokens padded to whole tiles.
 
-    R is a row's queries: tokens x M.
+    R is a row's queries, tokens x M: tile by tile, and in a tile head by head.
     """
 
     def __init__(self, q_BTNH: jax.Array, k_BTKH: jax.Array, place_BT: jax.Array):
@@ -121,36 +121,36 @@ class _Row:
         # What is added at the end is a group of its own.
         self.place_BT = jnp.pad(place_BT, ((0, 0), (0, self.tokens - self.T)), constant_values=-1)
 
-    def _padded(self, x_BKT: jax.Array) -> jax.Array:
-        return jnp.pad(x_BKT, [(0, 0), (0, 0), (0, self.tokens - self.T)] + [(0, 0)] * (x_BKT.ndim - 3))
+    def heads_first(self, x_BTNH: jax.Array) -> jax.Array:
+        """[B, N, tokens, H]."""
+        return jnp.pad(x_BTNH, [(0, 0), (0, self.tokens - self.T), (0, 0), (0, 0)]).swapaxes(1, 2)
 
-    def queries_first(self, x_BTNH: jax.Array) -> jax.Array:
-        """[B, K, R, H]."""
-        return self._padded(heads_first(x_BTNH, self.K)).reshape(self.B, self.K, -1, self.H)
-
-    def keys_first(self, x_BTKH: jax.Array) -> jax.Array:
-        """[B, K, tokens, H]."""
-        return self._padded(x_BTKH.swapaxes(1, 2))
+    def heads_last(self, x_BNTH: jax.Array) -> jax.Array:
+        """[B, T, N, H]."""
+        return x_BNTH.swapaxes(1, 2)[:, : self.T]
 
     def statistic(self, x_BKTM: jax.Array) -> jax.Array:
         """[B, K, 1, R]."""
-        return self._padded(x_BKTM).reshape(self.B, self.K, 1, -1)
+        x_BKTM = jnp.pad(x_BKTM, [(0, 0), (0, 0), (0, self.tokens - self.T), (0, 0)])
+        return x_BKTM.reshape(self.B, self.K, -1, self.queries, self.M).swapaxes(3, 4).reshape(self.B, self.K, 1, -1)
 
     def per_query(self, x_BK1R: jax.Array) -> jax.Array:
         """[B, K, T, M]."""
-        return x_BK1R.reshape(self.B, self.K, self.tokens, self.M)[:, :, : self.T]
+        tiled = x_BK1R.reshape(self.B, self.K, -1, self.M, self.queries).swapaxes(3, 4)
+        return tiled.reshape(self.B, self.K, self.tokens, self.M)[:, :, : self.T]
 
-    def heads_last(self, x_BKRH: jax.Array) -> jax.Array:
-        """[B, T, N, H]."""
-        x_BKTMH = x_BKRH.reshape(self.B, self.K, self.tokens, self.M, self.H)[:, :, : self.T]
-        return x_BKTMH.swapaxes(1, 2).reshape(self.B, self.T, -1, self.H)
+    def each_head(self, x_B2T: jax.Array) -> jax.Array:
+        """[B, 2, R] of what all heads of a token share."""
+        tiled = x_B2T.reshape(self.B, 2, -1, 1, self.queries)
+        return jnp.broadcast_to(tiled, (*tiled.shape[:3], self.M, self.queries)).reshape(self.B, 2, -1)
 
     def call(self, kernel, arrays, *, outer, inner, operands, results, sums, products, name):
         """One of the kernels.
 
         Args:
             outer, inner: "queries" or "keys": over which tiles of which the grid moves.
-            operands: kind of each array: "queries" [B, K, R, H], "keys" [B, K, tokens, H] or "statistic" [B, K, 1, R].
+            operands: kind of each array: "queries" [B, N, tokens, H], "keys" [B, K, tokens, H] or "statistic"
+                [B, K, 1, R].
             results: (kind, dtype) of each.
             sums: shapes of float32 scratch.
             products: matrix products a tile of scores costs.
@@ -159,7 +159,7 @@ class _Row:
         if outer == "keys":
             seen_BOI = seen_BOI.swapaxes(1, 2)
         outers, inners = seen_BOI.shape[1:]
-        sizes = {"queries": self.rows, "keys": self.keys}
+        sizes = {"queries": (self.M, self.queries), "keys": (1, self.keys)}
 
         def tile(side: str):
             if side == outer:
@@ -169,10 +169,10 @@ class _Row:
         def block(kind: str) -> pl.BlockSpec:
             if kind == "statistic":
                 return pl.BlockSpec((1, 1, 1, self.rows), lambda *at: (at[0], at[1], 0, tile("queries")(*at)))
-            return pl.BlockSpec((1, 1, sizes[kind], self.H), lambda *at: (at[0], at[1], tile(kind)(*at), 0))
+            return pl.BlockSpec((1, *sizes[kind], self.H), lambda *at: (at[0], at[1], tile(kind)(*at), 0))
 
         shapes = {
-            "queries": (self.B, self.K, self.tokens * self.M, self.H),
+            "queries": (self.B, self.K * self.M, self.tokens, self.H),
             "keys": (self.B, self.K, self.tokens, self.H),
             "statistic": (self.B, self.K, 1, self.tokens * self.M),
         }
@@ -206,7 +206,7 @@ class _Row:
                 bytes_accessed=moved + inner_bytes * tiles // inners,
             ),
             name=name,
-        )(_loaded(seen_BOI), jnp.repeat(query_B2T, self.M, axis=2), self.place_BT[:, None], *arrays)
+        )(_loaded(seen_BOI), self.each_head(query_B2T), self.place_BT[:, None], *arrays)
 
 
 def _seen_tiles(place_BT: jax.Array, queries: int, keys: int) -> jax.Array:
@@ -256,7 +256,7 @@ def _forward_kernel(
 
     @pl.when(pl.program_id(3) == inners - 1)
     def _():
-        mixed_ref[0, 0] = (sum_ref[...] / total_ref[...]).T.astype(mixed_ref.dtype)
+        mixed_ref[0] = (sum_ref[...] / total_ref[...]).T.astype(mixed_ref.dtype).reshape(mixed_ref.shape[1:])
         normalizer_ref[0, 0] = greatest_ref[...] + jnp.log(total_ref[...])
 
 
@@ -277,7 +277,7 @@ def _d_q_kernel(
 
     @pl.when(pl.program_id(3) == inners - 1)
     def _():
-        d_q_ref[0, 0] = sum_ref[...].T.astype(d_q_ref.dtype)
+        d_q_ref[0] = sum_ref[...].T.astype(d_q_ref.dtype).reshape(d_q_ref.shape[1:])
 
 
 def _d_kv_kernel(
@@ -294,7 +294,7 @@ def _d_kv_kernel(
     def _():
         score = _scores(query_ref, key_ref, q_ref, k_ref, pl.program_id(2), scale)
         weight, d_score = _d_scores(score, d_mixed_ref, normalizer_ref, shared_ref, v_ref, scale)
-        query, d_mixed = q_ref[0, 0], d_mixed_ref[0, 0]
+        query, d_mixed = _rows(q_ref), _rows(d_mixed_ref)
         k_sum_ref[...] += _product(d_score.astype(query.dtype), query, 1, 0)
         v_sum_ref[...] += _product(weight.astype(d_mixed.dtype), d_mixed, 1, 0)
 
@@ -311,14 +311,19 @@ def _scores(query_ref, key_ref, q_ref, k_ref, key_tile: jax.Array, scale: float)
     key_position = key_tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     query_place, query_position = query_ref[0, 0:1, :], query_ref[0, 1:2, :]
     seen = sees(query_place, key_place) & (key_position <= query_position)
-    return jnp.where(seen, _product(k_ref[0, 0], q_ref[0, 0], 1, 1) * scale, -jnp.inf)
+    return jnp.where(seen, _product(k_ref[0, 0], _rows(q_ref), 1, 1) * scale, -jnp.inf)
 
 
 def _d_scores(score: jax.Array, d_mixed_ref, normalizer_ref, shared_ref, v_ref, scale: float):
     """(weight, d_score) [s, r] float32; d_score is that of the unscaled score."""
     weight = jnp.exp(score - normalizer_ref[0, 0])
-    d_weight = _product(v_ref[0, 0], d_mixed_ref[0, 0], 1, 1)
+    d_weight = _product(v_ref[0, 0], _rows(d_mixed_ref), 1, 1)
     return weight, weight * (d_weight - shared_ref[0, 0]) * scale
+
+
+def _rows(ref) -> jax.Array:
+    """[M x queries, H] of a block [1, M, queries, H]."""
+    return ref[0].reshape(-1, ref.shape[-1])
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:

@@ -91,6 +91,18 @@ def test_token_logprobs(compiled, embed, vocabulary, dtype, vmem):
     assert costs.bytes < (1.001 if embed % 128 == 0 else 2.001) * sum(least.values())
 
 
+def test_token_logprobs_of_qwen3_32b(compiled):
+    """The widest model, a 64th of its head: tiles are planned to fit, and the compiler agrees (`compiled` asserts it)."""
+    token = ((2048,), "float32")
+
+    def both(hidden, head, target, a, b):
+        return with_gradients(token_logprobs, 2)((hidden, head, target), (a, b))
+
+    arrays = ((2048, 5120), "float32"), ((2374, 5120), "bfloat16"), ((2048,), "int32"), token, token
+    kernels = compiled(both, *arrays)[-1]
+    assert set(kernels) == {"token_logprobs_forward", "token_logprobs_d_hidden", "token_logprobs_d_head"}
+
+
 # A row of 1024 tokens, heads of Qwen3-0.6B.
 def test_row_attention(compiled):
     queries, keys = ((1, 1024, 16, 128), "bfloat16"), ((1, 1024, 8, 128), "bfloat16")
@@ -101,7 +113,7 @@ def test_row_attention(compiled):
 
     memory, _, kernels = compiled(both, queries, keys, keys, place, place, queries)
     assert set(kernels) == {"row_attention_forward", "row_attention_d_q", "row_attention_d_kv"}
-    assert max(kernel.vmem for kernel in kernels.values()) <= 5.3 * MIB
+    assert max(kernel.vmem for kernel in kernels.values()) <= 5.8 * MIB
     least = {"forward": nbytes(queries, queries, keys, keys), "d_q": nbytes(*[queries] * 3, keys, keys)}
     least["d_kv"] = nbytes(queries, queries, *[keys] * 4)
     for name, bytes_ in least.items():

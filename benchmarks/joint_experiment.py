@@ -1,0 +1,129 @@
+"""The joint experiment: does a rewriter hack a relevance model that plain GRPO collapsed more than a balanced one?
+
+    python -m benchmarks.joint_experiment --workdir=runs/joint --output=docs/studies
+    python -m benchmarks.joint_experiment --smoke --workdir=runs/joint_smoke
+
+On clips. From one SFT model a seed, two relevance models: by plain GRPO ("collapsed", whether it did is a figure), and
+by Stepwise-GRPO with the SFT auxiliary loss ("balanced"), with the updates of `benchmarks.mode_balance`. A rewriter of
+the same seed is trained against each. A held-out rewrite is HACKED if its reward is above that of the query as typed
+while the independent judge, which knows what the searcher meant and which no reward sees, puts it below. Stopping and
+starting again continues. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afrl_jax.data.clips_rulebooks import natural_frequencies
+from benchmarks import mode_balance, studies
+from core_jax import recipe
+from core_jax.evaluation import Evaluated
+from core_jax.settings import read_settings
+from lm_jax import report_pictures
+from lm_jax.config_file import read_config
+from lm_jax.report_pictures import Picture, Plot, Rows
+
+ARMS = {"collapsed": mode_balance.ARMS["grpo"], "balanced": mode_balance.ARMS["fixed 0.5"]}
+COLUMNS = {
+    "relevance: macro-F1": "macro_f1", "tail recall": "recall/tail", "entropy": "label_entropy",
+    "rewriter: improves (reward)": "improvement_rate", "gain (judge)": "judge_gain", "hacked": "hacked",
+    "distinct": "distinct", "copies title": "copies_title",
+}  # fmt: skip
+
+
+def core_config(relevance: Path, seed: int, smoke: bool) -> dict[str, Any]:
+    """The rewriter's quickstart, without redeploys, against that relevance model."""
+    name = "core_smoke.py" if smoke else "core_quickstart.py"
+    config = read_config(studies.CONFIGS / name, [])
+    return {**config, "seed": seed, "relevance": str(relevance), "relevance_config": "", "weekly": {"weeks": 0}}
+
+
+def hacking(evaluated: Evaluated) -> dict[str, float]:
+    """Means over held-out contexts, of those columns that are the rewriter's."""
+    values = evaluated.values
+    means = {name: float(np.nanmean(values[name])) for name in ("improvement_rate", "judge_gain", "copies_title")}
+    means["distinct"] = len({*evaluated.rewrites}) / len(evaluated.rewrites)
+    return means | {"hacked": float(np.mean((values["log_gain"] > 0) & (values["judge_gain"] < 0)))}
+
+
+def rewriter_figures(config: Mapping[str, Any], workdir: Path) -> list[dict[str, float]]:
+    """Train, from wherever it stands; `hacking` after the start and after every phase."""
+    run = recipe.Recipe(read_settings(config), config, workdir)
+    run()
+    return [hacking(Evaluated.load(workdir / "stages" / f"evaluate.{name}")) for name in run.stages]
+
+
+def _phase_rows(phases: Mapping[str, list[list[dict[str, float]]]]) -> Rows:
+    return [
+        {"arm": arm, "seed": seed, "phase": phase, "figure": figure, "value": found[figure]}
+        for arm, seeds in phases.items()
+        for seed, of_seed in enumerate(seeds)
+        for phase, found in enumerate(of_seed)
+        for figure in ("improvement_rate", "judge_gain", "hacked")
+    ]
+
+
+def _draw(rows: Rows) -> Picture:
+    """A panel a figure: a faint line a seed, a bold one their mean, over the phases."""
+    figures = report_pictures.distinct(rows, "figure")
+    picture = report_pictures.blank(report_pictures.WIDTH, 3)
+    panels = picture.subplots(1, len(figures))
+    for panel, figure in zip(panels, figures, strict=True):
+        for arm, color in report_pictures.colors_of(tuple(ARMS)).items():
+            of_arm = [row for row in rows if row["arm"] == arm and row["figure"] == figure]
+            phases = report_pictures.distinct(of_arm, "phase")
+            for seed in report_pictures.distinct(of_arm, "seed"):
+                panel.plot(phases, [r["value"] for r in of_arm if r["seed"] == seed], color=color, alpha=0.3)
+            means = [np.mean([r["value"] for r in of_arm if r["phase"] == phase]) for phase in phases]
+            panel.plot(phases, means, "o-", color=color, label=arm)
+        panel.set(xlabel="phase", title=figure.replace("_", " "))
+        panel.set_xticks(phases)
+    report_pictures.shared_legend(picture)
+    return picture
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parsed = studies.arguments(__doc__, "runs/joint")
+    frequency = natural_frequencies()
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    phases: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}
+    for seed in range(parsed.seeds):
+        start = parsed.workdir / "start" / f"seed{seed}"
+        studies.run(mode_balance.start_config(seed, parsed.smoke), start)
+        for name, arm in ARMS.items():
+            relevance = parsed.workdir / name / f"seed{seed}"
+            studies.run(mode_balance.arm_config(arm, seed, start, parsed.smoke), relevance)
+            before, after = studies.predictions_of(start, "sft"), studies.predictions_of(relevance, "rl")
+            columns = mode_balance.measured(after, before, frequency, None)
+            config = core_config((relevance / "export").resolve(), seed, parsed.smoke)
+            phases[name].append(rewriter_figures(config, parsed.workdir / f"rewriter_{name}" / f"seed{seed}"))
+            found[name].append({**columns, **phases[name][-1][-1]})
+    rows = [[arm, *(studies.cell([s[key] for s in seeds]) for key in COLUMNS.values())] for arm, seeds in found.items()]
+    pairs = list(zip(found["collapsed"], found["balanced"], strict=True))
+    differences = {key: [one[key] - other[key] for one, other in pairs] for key in COLUMNS.values()}
+    rows.append(["collapsed − balanced", *(studies.cell(values, signed=True) for values in differences.values())])
+    mean, half = studies.over_seeds(differences["hacked"])
+    seen = np.isfinite(half) and abs(mean) > half
+    parts = [
+        "# The joint experiment",
+        f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds; the last row is paired by seed.",
+        "```\npython -m benchmarks.joint_experiment --workdir=runs/joint --output=docs/studies\n```",
+        "Rewriters against the collapsed relevance model are hacked "
+        + (("more" if mean > 0 else "less") + " often than against the balanced one." if seen else
+           "as often as against the balanced one, as far as these seeds can tell."),
+        studies.markdown_table(["relevance model", *COLUMNS], rows),
+    ]  # fmt: skip
+    plot = Plot("joint_experiment", "By phase", "Phase 0 is the supervised start; faint lines are seeds.",
+                _phase_rows(phases), _draw)  # fmt: skip
+    studies.write_page(parsed.output, "joint_experiment", parts, [plot], {"figures": found, "phases": phases})
+    print(json.dumps({arm: studies.over_seeds([s["hacked"] for s in seeds])[0] for arm, seeds in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
