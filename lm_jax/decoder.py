@@ -248,6 +248,7 @@ class Decoder(nnx.Module):
         """Output projection and feed-forward, each added to the residual stream."""
         x = x + contract("btnh,nhd->btd", mixed.astype(self.dtype), weights["output"]).astype(x.dtype)
         y = rms_norm(x, weights["ffn_norm"], self.config.norm_epsilon)
-        gate = contract("btd,df->btf", y, weights["gate"])
-        up = contract("btd,df->btf", y, weights["up"])
-        return x + contract("btf,fd->btd", (jax.nn.silu(gate) * up).astype(self.dtype), weights["down"]).astype(x.dtype)
+        # In the compute dtype, as the largest arrays of a layer: in float32 a TPU would wait for them.
+        gate, up = (contract("btd,df->btf", y, weights[name]).astype(self.dtype) for name in ("gate", "up"))
+        wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return x + contract("btf,fd->btd", wide.astype(self.dtype), weights["down"]).astype(x.dtype)
