@@ -92,7 +92,7 @@ def test_token_logprobs(compiled, embed, vocabulary, dtype, vmem):
 
 
 def test_token_logprobs_of_qwen3_32b(compiled):
-    """The widest model, a 64th of its head: tiles are planned to fit, and the compiler agrees (`compiled` asserts it)."""
+    """The widest model, a 64th of its head: tiles are planned to fit; that they do, `compiled` asserts."""
     token = ((2048,), "float32")
 
     def both(hidden, head, target, a, b):
