@@ -31,14 +31,14 @@ def get_config() -> ConfigDict:
             "rewrites": {"typed_later": {**clips, "split": "train", "week": 0, "sessions": 12_000}},
             "supervised": {
                 "mixture": {"typed_later": 1.0}, "steps": 600, "rows": 8, "row_tokens": 256, "optimizer": "muon",
-                "learning_rate": 5e-3, "save_every": 200,
+                "learning_rate": 2.5e-3, "save_every": 200,
             },
-            "mpo": {"steps": 40, "rows": 8, "row_tokens": 256, "learning_rate": 2e-4, "save_every": 20},
+            "mpo": {"steps": 40, "rows": 8, "row_tokens": 256, "learning_rate": 5e-5, "save_every": 20},
             "phases": {"count": 4, "contexts": 120, "rewrites": 8, "k": 2, "rows": 24},
             "weekly": {
                 "weeks": 6, "sessions": 60, "held_out": 160, "searches": 30,
                 "incidents": {"week3": "title_copying", "week5": "corrupted_checkpoint"},
             },
-            "grpo": {"rows": 8, "row_tokens": 384, "group": 8, "learning_rate": 2e-4, "save_every": 10},
+            "grpo": {"rows": 8, "row_tokens": 384, "group": 8, "learning_rate": 5e-5, "save_every": 10},
         }
     )  # fmt: skip
