@@ -15,8 +15,8 @@ nothing beside it, 11:10 in all:
 
 What it is meant to do it does on such a machine: teacher macro-F1 .80, student 95% of it, 15 minutes. Not so the format
 of the student's explanations, which is to be .99. (An older machine with AVX2 took 1.6 times as long for a step.) RL
-costs macro-F1 .020 [.006, .033] and changes QWK by +.005 [-.005, +.018]; why was not looked into. The seed matters: with
-seed 0, on which steps and learning rates were chosen, sft was at .84.
+costs macro-F1 .020 [.006, .033] and changes QWK by +.005 [-.005, +.018]; why was not looked into. The seed matters:
+with seed 0, on which steps and learning rates were chosen, sft was at .84.
 
 What matters, in the order in which it was found: texts dense in comparisons, with asides
 (`afrl_jax/data/clips_texts.py`), parameters that start by looking for their like (`lm_jax/parameters.py`), explanations
