@@ -4,9 +4,10 @@
 
 Hardware: a TPU pod slice; DIR lies on a disk that its hosts share, weights come from the Hugging Face hub. It was never
 run: no such hardware was at hand, so there are no times and no scores here. What is tested is that every stage of it
-traces and lowers at full size (tests/configs/test_configs.py). By the TPU compiler's figures a step of SFT takes 8.3 s
-on v5p:4x4x4, 47% MFU, with 36 of 96 GB a chip: 6.5 s of computing, and 1.8 of exchanges that nothing hides, most of
-them the eight all-reduces a layer over `tensor` (four are the least). A smaller slice needs more `micro_batches`.
+traces and lowers at full size (tests/configs/test_configs.py). By the TPU compiler's figures a step of SFT takes 7.6 s
+on v5p:4x4x4, 51% MFU, with 34 of 96 GiB a chip: 6.4 s of computing, a quarter of it what remat computes again, and 1.2
+of exchanges that nothing hides, most of them the five all-reduces a layer over `tensor`. A smaller slice needs more
+`micro_batches`.
 
 DATA holds judgments folders (afrl_jax.data.readers): train (with explanations and rules where you have them), hard
 (conflicts and near misses), expert (a rule-stratified set of gold explanations), calibration and dev. Replace

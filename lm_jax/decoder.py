@@ -51,16 +51,54 @@ def _contract_forward(equation, a, b):
     return contract(equation, a, b), (a, b)
 
 
-def _contract_backward(equation, saved, cotangent):
-    a, b = saved
+def _gradient_of_first(equation, b, cotangent):
     (axes_a, axes_b), result = equation.split("->")[0].split(","), equation.split("->")[1]
     cotangent = cotangent.astype(b.dtype)
-    d_a = jnp.einsum(f"{result},{axes_b}->{axes_a}", cotangent, b, preferred_element_type=jnp.float32)
-    d_b = jnp.einsum(f"{axes_a},{result}->{axes_b}", a.astype(b.dtype), cotangent, preferred_element_type=jnp.float32)
-    return d_a.astype(a.dtype), d_b.astype(b.dtype)
+    return jnp.einsum(f"{result},{axes_b}->{axes_a}", cotangent, b, preferred_element_type=jnp.float32)
+
+
+def _gradient_of_second(equation, a, b, cotangent):
+    (axes_a, axes_b), result = equation.split("->")[0].split(","), equation.split("->")[1]
+    a, cotangent = a.astype(b.dtype), cotangent.astype(b.dtype)
+    return jnp.einsum(f"{axes_a},{result}->{axes_b}", a, cotangent, preferred_element_type=jnp.float32).astype(b.dtype)
+
+
+def _contract_backward(equation, saved, cotangent):
+    a, b = saved
+    return (
+        _gradient_of_first(equation, b, cotangent).astype(a.dtype),
+        _gradient_of_second(equation, a, b, cotangent),
+    )
 
 
 contract.defvjp(_contract_forward, _contract_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def contract_each(equation: str, along: str, a: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`contract` of one array with each of several, which differ in the size of the index `along`.
+
+    Backward, the gradient of `a` is one product over all of them: where the mesh splits what is summed over, devices
+    exchange that one sum, where autodiff would exchange one for each.
+    """
+    return tuple(contract(equation, a, b) for b in weights)
+
+
+def _contract_each_forward(equation, along, a, weights):
+    return contract_each(equation, along, a, weights), (a, weights)
+
+
+def _contract_each_backward(equation, along, saved, cotangents):
+    a, weights = saved
+    axes_b, result = equation.split("->")[0].split(",")[1], equation.split("->")[1]
+    cotangent = jnp.concatenate([each.astype(weights[0].dtype) for each in cotangents], axis=result.index(along))
+    joined = jnp.concatenate(weights, axis=axes_b.index(along))
+    pairs = zip(weights, cotangents, strict=True)
+    d_weights = tuple(_gradient_of_second(equation, a, b, each) for b, each in pairs)
+    return _gradient_of_first(equation, joined, cotangent).astype(a.dtype), d_weights
+
+
+contract_each.defvjp(_contract_each_forward, _contract_each_backward)
 
 
 def rotary_angles(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -232,11 +270,23 @@ class Decoder(nnx.Module):
             for name, x in merged_layer(weights).items()
         }
 
+    def _splits_heads(self) -> bool:
+        """Whether the mesh that is set splits a layer's products by heads, and by the feed-forward's width."""
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty else mesh.shape[RULES["kv_heads"]]
+        return parts > 1 and self.config.kv_heads % parts == 0
+
     def _queries_keys_values(self, x: jax.Array, weights: dict[str, jax.Array], angles) -> tuple[jax.Array, ...]:
         """Normed and projected [..., heads, H], queries and keys rotated; x is [B, T, D]."""
         config = self.config
         y = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
-        q, k, v = (contract("btd,dnh->btnh", y, weights[name]) for name in ("query", "key", "value"))
+        names = ("query", "key", "value")
+        if self._splits_heads():
+            by_head = lambda x: x.reshape(*x.shape[:-2], config.kv_heads, -1, config.head_size)
+            found = contract_each("btd,dkmh->btkmh", "m", y, tuple(by_head(weights[name]) for name in names))
+            q, k, v = (each.reshape(*y.shape[:2], -1, config.head_size) for each in found)
+        else:
+            q, k, v = (contract("btd,dnh->btnh", y, weights[name]) for name in names)
         if config.qkv_bias:
             q, k, v = q + weights["query_bias"], k + weights["key_bias"], v + weights["value_bias"]
         if config.qk_norm:
@@ -249,6 +299,10 @@ class Decoder(nnx.Module):
         x = x + contract("btnh,nhd->btd", mixed.astype(self.dtype), weights["output"]).astype(x.dtype)
         y = rms_norm(x, weights["ffn_norm"], self.config.norm_epsilon)
         # In the compute dtype, as the largest arrays of a layer: in float32 a TPU would wait for them.
-        gate, up = (contract("btd,df->btf", y, weights[name]).astype(self.dtype) for name in ("gate", "up"))
+        if self._splits_heads():
+            both = contract_each("btd,dgf->btgf", "g", y, (weights["gate"][:, None], weights["up"][:, None]))
+            gate, up = (each[:, :, 0].astype(self.dtype) for each in both)
+        else:
+            gate, up = (contract("btd,df->btf", y, weights[name]).astype(self.dtype) for name in ("gate", "up"))
         wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
         return x + contract("btf,fd->btd", wide.astype(self.dtype), weights["down"]).astype(x.dtype)

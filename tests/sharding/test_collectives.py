@@ -58,7 +58,9 @@ def vocabulary_wide(found, mesh) -> list:
     return [(kind, sizes) for kind, sizes in found if widths & set(sizes) and math.prod(sizes) > max(widths)]
 
 
-def test_a_train_step_gathers_neither_head_nor_logits(mesh):
+@pytest.fixture(scope="module")
+def train_step(mesh):
+    """A step of SFT with remat "full" in two micro-batches, lowered."""
     shape = rows.RowShape(
         128, TARGETS, 8, ("label_weight", "explanation_weight"), (("label_unit", ()), ("label_gold", (3,)))
     )
@@ -68,8 +70,11 @@ def test_a_train_step_gathers_neither_head_nor_logits(mesh):
     )
     state = train_state.abstract_state(parameters(mesh), transformation)
     batch = {name: on(mesh, x.dtype, *x.shape) for name, x in rows.abstract_batch(shape, 8).items()}
-    lowered = step.update.lower(state, batch, {name: jax.ShapeDtypeStruct((), np.float32) for name in sft.TERMS})
-    found = exchanged(lowered)
+    return step.update.lower(state, batch, {name: jax.ShapeDtypeStruct((), np.float32) for name in sft.TERMS})
+
+
+def test_a_train_step_gathers_neither_head_nor_logits(mesh, train_step):
+    found = exchanged(train_step)
     assert found  # the reader sees something: gradients are summed over chips
     wide = vocabulary_wide(found, mesh)
     # Rows of the *input* embedding are looked up in its tensor share, which fsdp gathers like any layer's weights, and
@@ -77,6 +82,15 @@ def test_a_train_step_gathers_neither_head_nor_logits(mesh):
     lookups = {(V // mesh.shape["tensor"], D), (D, V // mesh.shape["tensor"])}
     assert [each for each in wide if each[1] not in lookups] == []
     assert sum(kind == "all-gather" for kind, sizes in wide) <= 1  # the embedding; with the head it would be two
+
+
+def test_tensor_parallel_sums_of_activations_are_five_a_layer(mesh, train_step):
+    """Forward after attention and feed-forward, again after attention where it is recomputed, backward at each's start:
+    not one for each of the five products there. And one a micro-batch, of the embeddings that are looked up."""
+    tensor, micro_batches = mesh.shape["tensor"], 2
+    activations = f"bf16[{8 // micro_batches * tensor // mesh.size},128,{D}]"
+    found = sum(each.times for each in collectives(train_step) if each.shapes == (activations,))
+    assert found == (0 if tensor == 1 else (5 * CONFIG.layers + 1) * micro_batches)
 
 
 def test_sampling_exchanges_no_logits(mesh):
