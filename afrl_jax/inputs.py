@@ -20,11 +20,11 @@ from lm_jax.config import DecoderConfig
 from lm_jax.shape import evenly_spaced, shape_from_fields
 from lm_jax.tokenizer import Tokenizer, train_tokenizer
 from lm_jax.weights import read_source_config
+from sharding.distributed import batch_parts
 from sharding.mesh import make_mesh
-from sharding.rules import RULES
 
 TEXTS = "clips_text"  # the data format that holds texts; all others hold judgments
-BUILT_IN = ("clips", "clips_contrasts", "clips_rulebooks", TEXTS)  # data formats that bring their own instruction
+BUILT_IN = (*sources.GENERATORS, TEXTS)  # data formats that bring their own instruction
 TOKENIZER_TEXTS = 4000  # of each data set, that a tokenizer is trained on
 
 
@@ -75,16 +75,13 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
 
 def _check_batch(name: str, stage: Stage, mesh: Mesh | None) -> None:
     """The mesh must divide the rows that it is given at once."""
-    parts = 1
-    for axis in RULES["batch"]:
-        parts *= mesh.shape[axis] if mesh else 1
+    parts = batch_parts(mesh)
     given = {"rows / micro_batches": stage.rows // stage.micro_batches}
     if isinstance(stage, RLStage):
         rollouts = stage.rollouts
-        rows = rollouts.prompts + (0 if rollouts.gated else rollouts.expert_rows)
         given = {
             "rollouts.prompts": rollouts.prompts,
-            "(rollouts.prompts + rollouts.expert_rows) / micro_batches": rows // stage.micro_batches,
+            "(rollouts.prompts + rollouts.expert_rows) / micro_batches": rollouts.rows // stage.micro_batches,
         }
     for key, rows in given.items():
         if rows % parts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -23,7 +22,7 @@ from afrl_jax.label_step import in_dtype, prefill_suffixes, score_suffixes
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.shared_prefix import Block, Suffixes, empty_block
-from sharding.rules import RULES
+from sharding.distributed import batch_parts
 
 CACHE_BYTES = 2**31
 CPU_CACHE_BYTES = 2**28
@@ -284,7 +283,7 @@ class LabelScorer:
     def _devices(self) -> int:
         """How many share a batch, a row each: those of the mesh that is set."""
         mesh = jax.sharding.get_abstract_mesh()
-        return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+        return batch_parts(None if mesh.empty else mesh)
 
 
 def _keys(prompts: Sequence[PromptTokens], salts: Sequence[bytes] | None) -> list[Key]:

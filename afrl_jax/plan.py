@@ -21,18 +21,19 @@ from afrl_jax.batch_plan import plan
 from afrl_jax.data import batches, clips
 from afrl_jax.label_scorer import BATCH_TOKENS, padded
 from afrl_jax.label_step import trace_step
-from afrl_jax.rollouts import rollout_row_shape
+from afrl_jax.rollouts import prompt_width, rollout_row_shape
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, Stage
 from afrl_jax.stage_steps import stage_objective, stage_step
 from lm_jax import train_state
 from lm_jax.config import PRESETS, DecoderConfig
 from lm_jax.decoder import Decoder
-from lm_jax.parameters import shardings, table
+from lm_jax.parameters import abstract
 from lm_jax.rows import Branch, Group, RowShape, abstract_batch
 from lm_jax.sample import sample
 from lm_jax.shape import shape_from_fields
 from lm_jax.weights import read_source_config
 from sharding import rules
+from sharding.distributed import batch_parts
 from sharding.plan import Program
 
 
@@ -58,7 +59,7 @@ class Lengths:
 
 
 def programs(settings: Settings, mesh: Mesh) -> list[Program]:
-    """Every step that a run of this config compiles, in the order in which it needs them.
+    """The steps that take a run's memory and time, in the order in which it needs them.
 
     Raises:
         ValueError, ConnectionError: a model whose shape cannot be known.
@@ -115,7 +116,7 @@ def _reinforce(name: str, stage: RLStage, settings: Settings, config: DecoderCon
     parameters = state.parameters
     answers = rollouts.group * rollouts.max_new_tokens
     gold = rollouts.max_new_tokens if rollouts.gated else 0
-    tokens = _on(mesh, np.int32, rollouts.prompts, -(-lengths.prompt // 32) * 32)
+    tokens = _on(mesh, np.int32, rollouts.prompts, prompt_width(lengths.prompt))
     sizes = _on(mesh, np.int32, rollouts.prompts)
 
     def prefill(parameters, tokens, sizes):
@@ -149,8 +150,7 @@ def _reinforce(name: str, stage: RLStage, settings: Settings, config: DecoderCon
         rollouts.max_new_tokens,
     )  # fmt: skip
     shape = rollout_row_shape(lengths.prompt + answers + gold, answers + gold, rollouts.group, _grades(settings))
-    rows = rollouts.prompts + (0 if rollouts.gated else rollouts.expert_rows)
-    yield _update(f"{name}: update", stage, settings, config, shape, rows, mesh)
+    yield _update(f"{name}: update", stage, settings, config, shape, rollouts.rows, mesh)
 
 
 # A kind of stage -> its programs; a kind that is not here trains on rows of judged pairs.
@@ -179,10 +179,10 @@ def _update(
 
 def _scoring(name: str, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
     """One full batch of one query's documents, as long as they may be."""
-    lengths, rows = Lengths.of(settings), mesh.shape["data"] * mesh.shape["fsdp"]
+    lengths, rows = Lengths.of(settings), batch_parts(mesh)
     count = rows * max(1, BATCH_TOKENS // lengths.document)
     batch, *_ = plan([lengths.document] * count, [0] * count, [0] * count, budget=BATCH_TOKENS, rows=rows)
-    parameters = _parameters(config, mesh)
+    parameters = abstract(config, mesh)
     trace = functools.partial(
         trace_step, parameters, config, batch, grades=_grades(settings), prefix_size=padded(lengths.query),
         dtype=settings.dtype,
@@ -193,14 +193,7 @@ def _scoring(name: str, settings: Settings, config: DecoderConfig, mesh: Mesh) -
 
 def _state(stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:
     transformation, _ = stage_step(stage, config, stage_objective(stage)[0], (0,), settings)
-    return train_state.abstract_state(_parameters(config, mesh), transformation)
-
-
-def _parameters(config: DecoderConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    places = shardings(config, mesh)
-    return {
-        name: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=places[name]) for name, row in table(config).items()
-    }
+    return train_state.abstract_state(abstract(config, mesh), transformation)
 
 
 def _on(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -52,7 +52,8 @@ class ResumableRows:
                     f"{self._partial} was begun by another job: {told}. Delete {self._progress} to start anew"
                 )
         self.chunks, self.rows, self.bad_rows = note["chunks"], note["rows"], note["bad_rows"]
-        self._files = [_open_at(self._partial, note["bytes"]), _open_at(self._bad_partial, note["bad_bytes"])]
+        kept = ((self._partial, "bytes"), (self._bad_partial, "bad_bytes"))
+        self._files = [_open_at(file, note[key], self._progress) for file, key in kept]
 
     def append(self, rows: Sequence[Row], bad: Sequence[Row]) -> None:
         """One more chunk is done."""
@@ -130,11 +131,11 @@ def _groups(path: Path) -> Iterator[list[dict[str, Any]]]:
             yield [json.loads(line) for line in lines]
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
-    """The file, cut to `size` bytes and open at its end."""
+def _open_at(path: Path, size: int, progress: Path) -> BinaryIO:
+    """The file, cut to `size` bytes and open at its end; `progress` is the file that says so many were written."""
     file = path.open("r+b" if path.exists() else "w+b")
     if file.seek(0, os.SEEK_END) < size:
-        raise ValueError(f"{path}: is shorter than what was written of it; delete {path.stem}.progress to start anew")
+        raise ValueError(f"{path}: is shorter than what was written of it; delete {progress} to start anew")
     file.truncate(size)
     file.seek(size)
     return file

@@ -53,6 +53,16 @@ class RolloutSettings:
     expert_rows: int = 2  # rows of expert answers a step
     gated: bool = False  # expert answers of the step's own prompts, where no sampled label is right
 
+    @property
+    def rows(self) -> int:
+        """Of a step's batch."""
+        return self.prompts + (0 if self.gated else self.expert_rows)
+
+
+def prompt_width(longest: int) -> int:
+    """Tokens that prompts of up to `longest` are padded to: few shapes."""
+    return -(-longest // 32) * 32
+
 
 class RolloutSource:
     """Draws the batch of a step from the current policy.
@@ -84,7 +94,7 @@ class RolloutSource:
         self._prompts = [prompt.tokens for prompt in self._encoded]
         self._order = grain.MapDataset.range(len(self.judgments)).seed(seed).shuffle().repeat()
         longest = max(len(prompt) for prompt in self._prompts)
-        self._prompt_tokens = -(-longest // 32) * 32
+        self._prompt_tokens = prompt_width(longest)
         explained = any(judgment.explanation for judgment in self.judgments)
         self.answer_tokens = settings.max_new_tokens if explained else 1
         gold = max(len(format.encode_answer(judgment)[0]) for judgment in self.judgments) if settings.gated else 0
@@ -145,7 +155,7 @@ class RolloutSource:
             lengths[place] = len(self._prompts[row])
             tokens[place, : lengths[place]] = self._prompts[row]
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        index, count = distributed.share(self.mesh)
+        index, count = self._share
         mine = slice(len(rows) // count * index, len(rows) // count * (index + 1))
         inputs = (tokens[mine], lengths[mine], np.asarray(rows, np.uint32)[mine])
         inputs = distributed.place_batch(inputs, self.mesh)

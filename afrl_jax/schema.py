@@ -62,7 +62,8 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Judgment:
-    """One judged pair: `grade` indexes `Scale.labels`, `rules` are all that justify it, the deciding rule first.
+    """One pair: `grade` indexes `Scale.labels`, None where nobody has judged; `rules` are all that justify it, the
+    deciding rule first.
 
     `evidence` tells, where it is known, what each field of the document says on the query: None where nothing is asked.
     It is never written in an answer; training may ask the model for it at the field's end.
@@ -70,7 +71,7 @@ class Judgment:
 
     query: Query
     document: Document
-    grade: int
+    grade: int | None
     explanation: Explanation | None = None
     rules: tuple[int, ...] = ()
     weight: float = 1.0

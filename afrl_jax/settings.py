@@ -283,10 +283,8 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
         used = {"prompts_from": stage.prompts_from}
         if stage.experts_from:
             used["experts_from"] = stage.experts_from
-        rollouts = stage.rollouts
-        rows, what = rollouts.prompts, "rollouts.prompts"
-        if not rollouts.gated:
-            rows, what = rows + rollouts.expert_rows, "rollouts.prompts + rollouts.expert_rows"
+        rows = stage.rollouts.rows
+        what = "rollouts.prompts" if stage.rollouts.gated else "rollouts.prompts + rollouts.expert_rows"
         _check_rollouts(name, stage)
     if rows % stage.micro_batches:
         raise ValueError(f"{name}.{what} ({rows}) must be a multiple of {name}.micro_batches ({stage.micro_batches})")

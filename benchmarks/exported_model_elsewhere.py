@@ -39,8 +39,9 @@ from afrl_jax.answer_format import AnswerFormat, PromptTokens
 from afrl_jax.calibration import Calibration
 from afrl_jax.data import clips
 from afrl_jax.decision import MOST_PROBABLE
+from afrl_jax.evaluation import query_numbers
 from afrl_jax.export import CLASSIFIER, export_model, transformers_probabilities
-from afrl_jax.ranking_metrics import accuracy, confusion_matrix, expected_grade, macro_f1
+from afrl_jax.ranking_metrics import accuracy, confusion_matrix, expected_grade, macro_f1, pair_accuracy
 from afrl_jax.schema import Document, Judgment, Query
 from afrl_jax.scoring import RelevanceModel
 
@@ -157,13 +158,10 @@ def quality(model: RelevanceModel, probabilities: np.ndarray, judgments: Sequenc
     calibrated = model.calibration.apply(np.log(np.maximum(probabilities, 1e-30)))
     gold = np.array([judgment.grade for judgment in judgments])
     confusion = confusion_matrix(gold, model.decision(calibrated), calibrated.shape[1])
-    score, query = expected_grade(calibrated), np.array([judgment.query.query_id for judgment in judgments])
-    ordered = (query[:, None] == query) & (gold[:, None] > gold)
-    right = (score[:, None] > score)[ordered].mean()
     return {
         "accuracy": float(accuracy(confusion)),
         "macro_f1": float(macro_f1(confusion)),
-        "pair_accuracy": float(right),
+        "pair_accuracy": pair_accuracy(query_numbers(judgments), gold, expected_grade(calibrated)),
     }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from afrl_jax.data import clips_rulebooks
+from afrl_jax.evaluation import BUCKETS
 from afrl_jax.instructions.ideal_reader import IdealReader
 from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
 from benchmarks import studies
@@ -29,7 +30,7 @@ from lm_jax.report_pictures import Picture, Plot, Rows
 
 COMMAND = "python -m benchmarks.instruction_evolution --workdir=runs/instruction_evolution --output=docs/studies"
 FULL, HELD_OUT = "full rulebook", "full rulebook, held-out wording"
-COLUMNS = {"macro-F1": "macro_f1", **{name: f"rule_recall/{name}" for name in ("head", "torso", "tail")}}
+COLUMNS = {"macro-F1": "macro_f1", **{name: f"rule_recall/{name}" for name in BUCKETS}}
 
 
 def ideal(seed: int, workdir: Path, smoke: bool) -> dict[str, float]:

@@ -90,6 +90,8 @@ def _draw(rows: Rows) -> Picture:
 def main() -> None:
     """Run what is missing, then write the page."""
     parsed = studies.arguments(__doc__, "runs/joint")
+    if parsed.arms:
+        raise SystemExit("--arms: this study needs both arms")
     frequency = natural_frequencies()
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     phases: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}

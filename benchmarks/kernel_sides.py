@@ -24,7 +24,7 @@ CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """`--quick`, and the device compilers' settings before jax looks for devices."""
+    """The command line: `--quick`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     return parser.parse_args()

@@ -83,8 +83,8 @@ def arm_config(arm: Arm, seed: int, start: Path, smoke: bool) -> dict[str, Any]:
     prompts = quick["prompts_from"]
     common = {"steps": steps, "learning_rate": 5e-5, "schedule": "constant", "save_every": steps}
     if arm.supervised:
-        size = {key: base[base["stages"][-1]][key] for key in ("row_tokens",)}
-        stage = {"kind": "sft", "mixture": {"expert": 1.0}, "rows": experts["expert_rows"], **size, **common}
+        size = {"rows": experts["expert_rows"], "row_tokens": base[base["stages"][-1]]["row_tokens"]}
+        stage = {"kind": "sft", "mixture": {"expert": 1.0}, **size, **common}
     else:
         rollouts = {**quick["rollouts"], **experts, **arm.changes.get("rollouts", {})}
         changes = {key: value for key, value in arm.changes.items() if key != "rollouts"}

@@ -51,7 +51,8 @@ from benchmarks.scoring_peers import Pairs, peers
 from kernels.prefix_attention import prefix_attention
 from lm_jax.config import preset
 from lm_jax.decoder import contract
-from lm_jax.parameters import shardings, table
+from lm_jax.lora import TARGETS as PRODUCTS
+from lm_jax.parameters import abstract, table
 from lm_jax.shared_prefix import scan
 from lm_jax.tokenizer import Tokenizer
 from sharding.chips import topology
@@ -63,7 +64,6 @@ WORDS = "chess openings explained to children robots interview sourdough bread a
 SHARED, SHORTEST, LONGEST = 130, 30, 90  # tokens
 # Of a log-prob. float32: sums in another order through 30 layers. bfloat16: 8 bits in each of them.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
-PRODUCTS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 def long_instruction(tokenizer: Tokenizer) -> Instruction:
@@ -228,10 +228,7 @@ def tpu_estimates() -> dict[str, dict[str, float]]:
     for name in ("v5e:2x2", "v6e:2x2"):
         chip, devices = topology(name)
         mesh = make_mesh("data=1", devices[:1])
-        places = shardings(config, mesh)
-        weights = {
-            key: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=places[key]) for key, row in table(config).items()
-        }
+        weights = abstract(config, mesh)
 
         def trace(remat: str, weights=weights):
             return trace_step(weights, config, batch, grades=4, prefix_size=padded(SHARED), dtype="bfloat16")

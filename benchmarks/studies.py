@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from afrl_jax.evaluation import Predictions, frequency_bucket
+from afrl_jax.evaluation import BUCKETS, Predictions, frequency_bucket
 from afrl_jax.model_evaluation import Evaluated
 from afrl_jax.recipe import Recipe
 from afrl_jax.settings import read_settings
@@ -49,14 +48,12 @@ def base_config(smoke: bool) -> dict[str, Any]:
     return read_config(CONFIGS / ("afrl_smoke.py" if smoke else "afrl_quickstart.py"), [])
 
 
-def run(config: Mapping[str, Any], workdir: Path) -> float:
-    """Run a config to its end, from wherever it stands; returns the seconds of this call."""
-    began = time.monotonic()
+def run(config: Mapping[str, Any], workdir: Path) -> None:
+    """Run a config to its end, from wherever it stands."""
     if not (workdir / "stages" / "export" / "done.json").exists():
         run_log.say(f"--- {workdir}")
         workdir.parent.mkdir(parents=True, exist_ok=True)
         Recipe(read_settings(config), config, workdir)()
-    return time.monotonic() - began
 
 
 def seconds_of(workdir: Path) -> float:
@@ -71,7 +68,7 @@ def predictions_of(workdir: Path, name: str) -> Predictions:
 
 def buckets(frequency: Mapping[int, float]) -> dict[str, list[int]]:
     """head, torso and tail rules."""
-    found: dict[str, list[int]] = {"head": [], "torso": [], "tail": []}
+    found: dict[str, list[int]] = {name: [] for name in BUCKETS}
     for rule, share in sorted(frequency.items()):
         found[frequency_bucket(share)].append(rule)
     return found

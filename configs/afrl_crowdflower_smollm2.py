@@ -14,12 +14,12 @@ Dev, 30 queries, 1,256 pairs:
     student   .499      .371 [.320, .423]    .323  .829         .636           .055
 
 Best peers tried on the same split: macro-F1 .393 and QWK .322 (SmolLM2-135M with square-root class weights),
-ndcg_exp@10 .822 (MiniLM-L6 as a cross-encoder), pair accuracy .621 (BM25). So the orders are ahead, pair accuracy by
-.04 at the height meant (.66), QWK is even, macro-F1 is .02 behind, and QWK .40 was not reached. RL changed macro-F1 by
-+.037 [+.014, +.057], QWK by +.042 [+.016, +.061], pair accuracy by +.003 [-.001, +.007], ndcg_exp@10 by -.002
-[-.014, +.009], ECE before calibration by +.086 [-.003, +.127]. Distillation, from 30 layers to 24, changed macro-F1 by
--.003 [-.053, +.041], QWK by +.012 [-.055, +.078], pair accuracy by -.025 [-.045, -.000]: the student keeps 99% of
-macro-F1 and 96% of pair accuracy. (Half the layers, with 100 steps, failed: macro-F1 .130.)
+ndcg_exp@10 .822 (MiniLM-L6 as a cross-encoder), pair accuracy .621 (BM25). So pair accuracy is ahead by .04, at the
+height meant (.66), ndcg_exp@10 and QWK are level, macro-F1 is .02 behind, and QWK .40 was not reached. RL changed
+macro-F1 by +.037 [+.014, +.057], QWK by +.042 [+.016, +.061], pair accuracy by +.003 [-.001, +.007], ndcg_exp@10 by
+-.002 [-.014, +.009], ECE before calibration by +.086 [-.003, +.127]. Distillation, from 30 layers to 24, changed
+macro-F1 by -.003 [-.053, +.041], QWK by +.012 [-.055, +.078], pair accuracy by -.025 [-.045, -.000]: the student keeps
+99% of macro-F1 and 96% of pair accuracy.
 """
 
 from ml_collections import ConfigDict, FieldReference

@@ -13,15 +13,14 @@ nothing beside it, 11:10 in all:
 
     text 147 s, sft 168 s, rl 28 s, student text 68 s, teacher labels 57 s, distill 148 s, evaluation 21 s
 
-What it is meant to do it does on such a machine: teacher macro-F1 .80, student 95% of it, 15 minutes. Not so the format
-of the student's explanations, which is to be .99. (An older machine with AVX2 took 1.6 times as long for a step.) RL
-costs macro-F1 .020 [.006, .033] and changes QWK by +.005 [-.005, +.018]; why was not looked into. The seed matters:
-with seed 0, on which steps and learning rates were chosen, sft was at .84.
+What it is meant to do it does: teacher macro-F1 .80, student 95% of it, 15 minutes. Not so the format of the student's
+explanations, which is to be .99. RL costs macro-F1 .020 [.006, .033] and changes QWK by +.005 [-.005, +.018]; why was
+not looked into. The seed matters: with seed 0, on which steps and learning rates were chosen, sft was at .84.
 
 What matters, in the order in which it was found: texts dense in comparisons, with asides
 (`afrl_jax/data/clips_texts.py`), parameters that start by looking for their like (`lm_jax/parameters.py`), explanations
-that go check by check, and learning rates far below those that a first loss curve suggests: SFT at 4e-3 stood still for
-300 steps, and distillation at 2e-3 ended at macro-F1 .747 where 1e-3 ended at .880 (seed 0, 1,500 steps).
+that go check by check, and learning rates far below those that a first loss curve suggests: distillation at 2e-3 ended
+at macro-F1 .747 where 1e-3 ended at .880 (seed 0, 1,500 steps, a student of another shape).
 """
 
 from ml_collections import ConfigDict

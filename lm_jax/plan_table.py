@@ -1,6 +1,6 @@
 """The plan as people read it: compile programs for a slice, with progress, and print a table and what to change.
 
-Both recipes use it: a recipe says what its programs are, everything else is here.
+A recipe says what its programs are (`afrl_jax.plan`), everything else is here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import rich.console
 import rich.table
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ from sharding.plan import Figures, Program, measure, meshes
 
 Programs = Callable[[Mesh], Sequence[Program]]
 GIGABYTE = 2**30
-WIDTH = 190  # of the table, in characters
+WIDTH = 190  # of the table, in characters, where no terminal has one
 
 
 def show_plan(programs: Programs, slice_name: str, mesh_shape: str, remat: str, file: Path | None = None) -> bool:
@@ -48,7 +49,8 @@ def show_plan(programs: Programs, slice_name: str, mesh_shape: str, remat: str, 
         found.append(measure(program, chip, mesh, remat, known))
         seconds = time.monotonic() - began
         run_log.say(f"[{number}/{len(wanted)}] {program.name}: compiled in {seconds:.0f} s, {verdict(found[-1])}")
-    run_log.console.print(_table(found), width=WIDTH)
+    console = run_log.console if run_log.console.is_terminal else rich.console.Console(stderr=True, width=WIDTH)
+    console.print(_table(found))
     for figures in found:
         for line in advice(figures):
             run_log.say(f"{figures.name}: {line}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from lm_jax.config import DecoderConfig
-from lm_jax.decoder import Decoder
+from lm_jax.decoder import Decoder, contract
 from lm_jax.parameters import Parameters
 
 
@@ -55,10 +55,7 @@ def sample(
     keys_PG = jax.vmap(lambda row: jax.vmap(lambda g: fold(fold(key, row), g))(jnp.arange(G)))(row_ids_P)
 
     def draw(hidden_PGD: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        head_VD = decoder.output_embedding
-        logits_PGV = jnp.einsum(
-            "pgd,vd->pgv", hidden_PGD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
-        )
+        logits_PGV = contract("pgd,vd->pgv", hidden_PGD, decoder.output_embedding)
         logprobs_PGV = jax.nn.log_softmax(logits_PGV / (temperature or 1.0), axis=-1)
         if temperature:
             noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(fold(k, step), logits_PGV.shape[-1:])))(keys_PG)

@@ -18,7 +18,7 @@ STEPS = 4  # tokens a call: fewer show sooner, more pay less for each
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def _advance(parameters, token_PG, start, cache: Cache, *, config: DecoderConfig, dtype: str):
-    """The `STEPS` tokens that follow token number `start`, [STEPS, 1, 1], and the cache with all but the last."""
+    """The `STEPS` tokens that follow token number `start`, [STEPS, P, 1], and the cache with all but the last."""
     decoder = Decoder(config, parameters, dtype=dtype)
 
     def step(carry, offset):

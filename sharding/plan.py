@@ -188,4 +188,4 @@ def _jaxprs(value: Any) -> Iterable[Any]:
 def meshes(devices: int, largest_tensor: int) -> list[str]:
     """The factorizations worth a try: all of data 1, tensor a power of two up to `largest_tensor`."""
     sizes = [2**power for power in range(largest_tensor.bit_length()) if devices % 2**power == 0]
-    return [f"fsdp={devices // tensor},tensor={tensor}" for tensor in sizes if tensor <= largest_tensor]
+    return [f"fsdp={devices // tensor},tensor={tensor}" for tensor in sizes]

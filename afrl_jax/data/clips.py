@@ -137,6 +137,8 @@ def query_case(
     seed: int, split: str, index: int, documents: int, *, difficulty: float = 1.0, rule_balance: float = 0.0
 ) -> tuple[Intent, str, list[tuple[Clip, Decision]]]:
     """The structured form of query number `index`: its intent, its text, and `documents` clips with their decisions."""
+    if not (0 <= difficulty <= 1 and 0 <= rule_balance <= 1):
+        raise ValueError(f"difficulty and rule_balance lie in [0, 1]; got {difficulty} and {rule_balance}")
     rng = _stream(seed, split, index)
     balanced = rng.random() < rule_balance
     focus = int(rng.random() * len(RULES)) + 1 if balanced else None
@@ -166,8 +168,6 @@ def query_group(
       difficulty: in [0, 1]; scales added constraints, misspellings and second misses. 1 is the natural mix.
       rule_balance: in [0, 1]; 0 draws rules as often as they occur naturally, 1 about equally.
     """
-    if not (0 <= difficulty <= 1 and 0 <= rule_balance <= 1):
-        raise ValueError(f"difficulty and rule_balance lie in [0, 1]; got {difficulty} and {rule_balance}")
     intent, text, pairs = query_case(
         seed, split, index, documents_per_query, difficulty=difficulty, rule_balance=rule_balance
     )

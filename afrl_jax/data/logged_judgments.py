@@ -2,14 +2,15 @@
 
   python -m afrl_jax.data.logged_judgments --input='logs/*.jsonl.gz' --labels=0,1,2,3 --output=data/logged
 
-A row of the logs is whole in itself; `query_id` and `doc_id` are told apart by nobody else:
+A row of the logs is whole in itself:
 
   {"query_id": "q1", "query": "chess for kids", "doc_id": "d7", "title": "Chess openings", "grade": 2}
 
 It may also have `context`, `text`, `weight`, `rules` and `explanation`, as in a judgments folder; or `document`, an
 object {title, text, further fields}, instead of `title` and `text`. Files are .jsonl, .jsonl.gz, .parquet or .csv; one
-worker reads one file. A row that is no judgment is counted, and lies with its reason in OUTPUT/refused. A config reads
-the result as {"format": "dataset", "path": "data/logged", "split": "train"}.
+worker reads one file. A row that is no judgment is counted, and lies with its reason in OUTPUT/refused. What was in
+OUTPUT before is replaced, other splits too: each split has an OUTPUT of its own. A config reads the result as
+{"format": "dataset", "path": "data/logged", "split": "train"}.
 
 Apache Beam is no part of requirements.txt: `pip install apache-beam==2.77.0`. Any further argument is one of Beam's, so
 that the same command runs on a cluster, whose workers need this project installed:
@@ -31,6 +32,7 @@ from typing import Any
 import apache_beam as beam
 import tensorflow_datasets as tfds
 from apache_beam.io import fileio
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from afrl_jax.command_line import told_plainly
@@ -57,7 +59,7 @@ class LoggedJudgments(beam.PTransform):
             | beam.Reshuffle()  # else one worker would read what one worker matched
             | beam.ParDo(_ReadFile(self.scale)).with_outputs(REFUSED, main="kept")
         )
-        _ = rows[REFUSED] | beam.io.WriteToText(self.refused, file_name_suffix=".jsonl", skip_if_empty=True)
+        _ = rows[REFUSED] | beam.io.WriteToText(self.refused, file_name_suffix=".jsonl")
         return rows.kept
 
 
@@ -67,18 +69,17 @@ class _ReadFile(beam.DoFn):
 
     def setup(self) -> None:
         self.grade_mapping = GradeMapping(self.scale)
-        self.counters = [beam.metrics.Metrics.counter("judgments", name) for name in ("kept", REFUSED)]
+        self.refused = beam.metrics.Metrics.counter("judgments", REFUSED)
 
     def process(self, file: fileio.ReadableFile) -> Iterator[Any]:
-        path, (kept, refused) = file.metadata.path, self.counters
+        path = file.metadata.path
         with file.open() as stream:
             for number, row in enumerate(parse_judged_pairs(path, stream, self.grade_mapping)):
                 if isinstance(row, BadRow):
-                    refused.inc()
+                    self.refused.inc()
                     told = {"reason": row.reason, "row": row.values}
                     yield beam.pvalue.TaggedOutput(REFUSED, json.dumps(told, default=str))
                 else:
-                    kept.inc()
                     yield f"{path}:{number}", to_example(row)
 
 
@@ -95,6 +96,9 @@ def write_logged(
     Returns:
         How many rows were kept and how many refused.
     """
+    stale = [file.path for file in FileSystems.match([f"{data_dir}/{REFUSED}/*"])[0].metadata_list]
+    if stale:
+        FileSystems.delete(stale)
     rows = LoggedJudgments(pattern, scale, f"{data_dir}/{REFUSED}/{split}")
     builder = RelevanceDataset(data_dir=data_dir, file_format="array_record", scale=scale, splits={split: rows})
     config = tfds.download.DownloadConfig(

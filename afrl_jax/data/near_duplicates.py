@@ -40,7 +40,8 @@ def near(
     texts: Sequence[str], threshold: float = 0.8, *, known: Sequence[str] = ()
 ) -> Iterator[tuple[int, str, float]]:
     """(index, the other text, similarity) of each text that is at least so similar to a known one, or to one before it
-    that was not itself reported: without the reported texts no near duplicates that were compared are left."""
+    that was not itself reported: without the reported texts no near duplicates that were compared are left. The other
+    text is the most similar one, a known one before any other."""
     sets = [shingles(text) for text in (*known, *texts)]
     if not texts:
         return
@@ -49,9 +50,14 @@ def near(
         keys = [(number, band.tobytes()) for number, band in enumerate(bands)]
         if place >= len(known):
             others = dict.fromkeys(other for key in keys for other in buckets[key])
-            found = max(((similarity(sets[place], sets[other]), -other) for other in others), default=(0.0, 0))
-            if found[0] >= threshold:
-                yield place - len(known), (*known, *texts)[-found[1]], found[0]
+            alike = [
+                (other < len(known), likeness, -other)
+                for other in others
+                if (likeness := similarity(sets[place], sets[other])) >= threshold
+            ]
+            if alike:
+                _, likeness, other = max(alike)
+                yield place - len(known), (*known, *texts)[-other], likeness
                 continue
         for key in keys:
             buckets[key].append(place)

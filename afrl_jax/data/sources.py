@@ -7,7 +7,8 @@
     {"format": "folder" | "trec" | "esci" | "dataset", ...}          a real data set, see afrl_jax.data.readers
 
 Judgments of any of them take `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one
-folder gives disjoint parts; and `explained`: False trains the grades alone, which fits twice the pairs into a row.
+folder gives disjoint parts; and `explained`: False leaves the explanation out, so that twice the pairs fit into a row
+(what clips ask a field's end for stays).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
     arguments = dict(source)
     low, high = arguments.pop("keep", (0.0, 1.0))
     explained = arguments.pop("explained", True)
-    generator = _GENERATORS.get(arguments.get("format"))
+    generator = GENERATORS.get(arguments.get("format"))
     if generator:
         del arguments["format"]
         judgments = list(generator(seed, **arguments))
@@ -45,7 +46,7 @@ def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
     return list(clips.domain_texts(seed, count=arguments.pop("texts"), **arguments))
 
 
-_GENERATORS = {
+GENERATORS = {
     "clips": clips.judgments,
     "clips_contrasts": clips_contrasts.judgments,
     "clips_rulebooks": clips_rulebooks.judgments,

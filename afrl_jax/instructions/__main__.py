@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ from lm_jax.program import before_jax
 
 if TYPE_CHECKING:
     from afrl_jax.instructions.run import ChatSettings
-    from afrl_jax.schema import Instruction, Judgment
+    from afrl_jax.schema import Instruction
 
 CLIPS_PAIRS = 8  # documents a query in the built-in world
 
@@ -96,7 +96,7 @@ def _evolve(parsed: argparse.Namespace) -> None:
     from afrl_jax import relevance_file
     from afrl_jax.data import clips_rulebooks
     from afrl_jax.data.readers import read_judgments
-    from afrl_jax.instructions.evolution import first_queries, split_by_query
+    from afrl_jax.instructions.evolution import first_queries, queries_of, split_by_query
     from afrl_jax.instructions.ideal_reader import IdealReader
     from afrl_jax.instructions.probe import ModelJudge
     from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
@@ -129,7 +129,7 @@ def _evolve(parsed: argparse.Namespace) -> None:
             raise ValueError(f"{parsed.model} is no relevance model: to judge zero-shot it needs --calibration")
         held = read_judgments({"path": parsed.calibration}, base.scale) if parsed.calibration else []
         held = first_queries(held, parsed.pairs) if parsed.pairs else held
-        if shared := _queries(held) & _queries(judgment for some in sets.values() for judgment in some):
+        if shared := queries_of(held) & queries_of(judgment for some in sets.values() for judgment in some):
             raise ValueError(f"--calibration shares queries with what is judged, such as {sorted(shared)[0]!r}")
         model = RelevanceModel.load(parsed.model, instruction=base if zero_shot else None)
         judge, references, frequency = ModelJudge(model, held), {}, None
@@ -187,10 +187,6 @@ def _explain(parsed: argparse.Namespace) -> None:
     run_log.say(f"{len(kept):,} of {len(judgments):,} explanations pass; {client.budget.describe()}")
     facts = {"judgments": parsed.judgments.name, "language model": chat.model}
     write_explained(parsed.output, kept, set_aside, instruction, facts)
-
-
-def _queries(judgments: Iterable[Judgment]) -> set[str]:
-    return {judgment.query.query_id for judgment in judgments}
 
 
 def _chat(parsed: argparse.Namespace) -> ChatSettings:

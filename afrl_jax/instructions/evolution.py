@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,11 @@ def first_queries(judgments: Sequence[Judgment], pairs: int) -> list[Judgment]:
             break
         kept += some
     return kept
+
+
+def queries_of(judgments: Iterable[Judgment]) -> set[str]:
+    """The ids of their queries."""
+    return {judgment.query.query_id for judgment in judgments}
 
 
 def split_by_query(judgments: Sequence[Judgment], share: float) -> tuple[list[Judgment], list[Judgment]]:

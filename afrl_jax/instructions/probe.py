@@ -11,11 +11,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from afrl_jax.answer_format import render_document, render_instruction
-from afrl_jax.calibration import Calibration, fit_calibration
-from afrl_jax.decision import MOST_PROBABLE, Decision, fit_decision
+from afrl_jax.calibration import Calibration
+from afrl_jax.decision import MOST_PROBABLE, Decision
 from afrl_jax.evaluation import Predictions, query_numbers
-from afrl_jax.instructions.client import LanguageModel
+from afrl_jax.model_evaluation import calibrate
 from afrl_jax.schema import Document, Instruction, Judgment, Query
 from afrl_jax.scoring import RelevanceModel
 
@@ -49,36 +48,16 @@ class ModelJudge:
 
     def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
         """See `Judge`."""
-        found = self._logprobs(pairs, instruction)
+        found = self._model.label_logprobs([(_told(query, instruction), document) for query, document in pairs])
         if not self._calibration:
             return Graded(Calibration.identity(found.shape[1]).apply(found))
-        held = self._logprobs([(j.query, j.document) for j in self._calibration], instruction)
-        gold = np.array([judgment.grade for judgment in self._calibration])
-        fitted = fit_calibration(held, gold)
-        return Graded(fitted.apply(found), fit_decision(fitted.apply(held), gold, query_numbers(self._calibration)))
-
-    def _logprobs(self, pairs: Pairs, instruction: Instruction) -> np.ndarray:
-        told = [(dataclasses.replace(query, instruction=instruction), document) for query, document in pairs]
-        return self._model.label_logprobs(told)
+        told = [dataclasses.replace(j, query=_told(j.query, instruction)) for j in self._calibration]
+        calibration, decision = calibrate(self._model, told)
+        return Graded(calibration.apply(found), decision)
 
 
-class LanguageModelJudge:
-    """A language model as judge: it is asked for the label alone. An answer that is no label is every grade alike."""
-
-    def __init__(self, model: LanguageModel, max_tokens: int = 8):
-        self._model, self._max_tokens = model, max_tokens
-
-    def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
-        """See `Judge`."""
-        labels = instruction.scale.labels
-        head = f"{render_instruction(instruction)}\nAnswer with one of {', '.join(labels)} and nothing else."
-        prompts = [f"{head}\n\nQuery: {query.text}\nDocument: {render_document(doc)}\nGrade:" for query, doc in pairs]
-        answers = self._model.complete(prompts, max_tokens=self._max_tokens)
-        probabilities = np.full((len(prompts), len(labels)), 1 / len(labels))
-        for row, answer in zip(probabilities, answers, strict=True):
-            if (said := answer.text.strip().strip(".")) in labels:
-                row[:] = np.eye(len(labels))[labels.index(said)]
-        return Graded(probabilities)
+def _told(query: Query, instruction: Instruction) -> Query:
+    return dataclasses.replace(query, instruction=instruction)
 
 
 class Probe:
@@ -92,7 +71,6 @@ class Probe:
 
     def __init__(self, judge: Judge, sets: dict[str, Sequence[Judgment]], folder: Path):
         self.sets, self._judge, self._folder = sets, judge, folder
-        self.pairs_graded = 0
 
     def __call__(self, name: str, instruction: Instruction) -> Predictions:
         """Predictions of the judge on the set of that name."""
@@ -100,7 +78,6 @@ class Probe:
         file = self._folder / f"{name}.{digest(instruction)}.npz"
         if not file.exists():
             graded = self._judge.grade([(j.query, j.document) for j in judgments], instruction)
-            self.pairs_graded += len(judgments)
             self._folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial.npz")
             np.savez(partial, probabilities=graded.probabilities, decision=graded.decision.to_json())

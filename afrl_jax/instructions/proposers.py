@@ -121,14 +121,14 @@ class LanguageModelEdits:
     """
 
     def __init__(self, model: LanguageModel, judgments: Sequence[Judgment], *, max_tokens: int = 600):
-        self._model, self._judgments, self.max_tokens = model, judgments, max_tokens
+        self.model, self._judgments, self.max_tokens = model, judgments, max_tokens
         self.malformed = 0
 
     def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
         """See `Proposer`."""
         asked = [cluster for cluster in clusters if cluster.cause is not Cause.NOISE]
         prompts = [self._prompt(instruction, cluster, count) for cluster in asked]
-        answers = self._model.complete(prompts, max_tokens=self.max_tokens, temperature=0.7, seed=round)
+        answers = self.model.complete(prompts, max_tokens=self.max_tokens, temperature=0.7, seed=round)
         return [self._read(answer.text, instruction)[:count] for answer in answers]
 
     def longest_prompt(self, instruction: Instruction) -> int:

@@ -15,7 +15,7 @@ from afrl_jax.instructions.budget import Budget, Limits
 from afrl_jax.instructions.client import ChatClient
 from afrl_jax.instructions.dataset_folder import write_synthesized
 from afrl_jax.instructions.edits import words
-from afrl_jax.instructions.evolution import NEW, REPLAY, Evolution, Round, Size, group_sizes
+from afrl_jax.instructions.evolution import NEW, REPLAY, Evolution, Round, Size, group_sizes, queries_of
 from afrl_jax.instructions.identify import Table
 from afrl_jax.instructions.probe import Judge, Probe
 from afrl_jax.instructions.proposers import LanguageModelEdits, MinedRules, Proposer, RandomEdits
@@ -121,14 +121,14 @@ def evolve_instruction(
         raise ValueError(f"proposer: {settings.proposer!r} is unknown; it is one of {', '.join(PROPOSERS)}")
     if missing := {NEW, REPLAY} - set(sets):
         raise ValueError(f"the sets lack {', '.join(sorted(missing))}")
-    if shared := _queries(sets[NEW]) & (_queries(sets[REPLAY]) | _queries(sets.get(TEST, ()))):
+    if shared := queries_of(sets[NEW]) & (queries_of(sets[REPLAY]) | queries_of(sets.get(TEST, ()))):
         raise ValueError(f"{NEW} shares {len(shared)} queries with {REPLAY} or {TEST}, such as {sorted(shared)[0]!r}")
     if settings.synthesize and second is None:
         raise ValueError("synthesize needs a second labeller")
     probe = Probe(judge, dict(sets), folder / "probes")
     table = Table(sets[NEW], settings.least_cluster)
     proposer = _proposer(settings, table, sets[NEW], folder)
-    run_log.say(plan(settings, sets, proposer, base))
+    run_log.say(plan(settings, sets, proposer, base, len(references or {})))
 
     def arm(name: str, proposer: Proposer, **options: Any) -> list[Round]:
         options |= {"size": settings.size, "rule": settings.rule, "folder": folder / name, "seed": settings.seed}
@@ -164,17 +164,24 @@ def evolve_instruction(
 
 
 def plan(
-    settings: EvolutionSettings, sets: Mapping[str, Sequence[Judgment]], proposer: Proposer, base: Instruction
+    settings: EvolutionSettings,
+    sets: Mapping[str, Sequence[Judgment]],
+    proposer: Proposer,
+    base: Instruction,
+    references: int = 0,
 ) -> str:
-    """What a run may cost at most, told before it begins."""
+    """What a run may cost at most, told before it begins; so many `references` are tested beside its rounds."""
     arms = 2 if settings.control else 1
     probes, pairs = settings.size.probes * arms, len(sets[NEW]) + len(sets[REPLAY])
+    tested = (settings.rounds + 1 + settings.control + references) * len(sets.get(TEST, ()))
     lines = [f"at most {probes:,} instructions to probe, {probes * pairs:,} pairs to grade ({pairs:,} each)"]
+    if tested:
+        lines.append(f"at most {tested:,} test pairs to grade")
     if isinstance(proposer, LanguageModelEdits):
         chat, calls = settings.chat, settings.rounds * settings.clusters
         tokens = calls * (proposer.longest_prompt(base) + proposer.max_tokens)
         lines.append(f"at most {calls:,} calls and {tokens:,} tokens of {chat.model}, if none fails")
-        lines.append(f"budget: {Budget(Limits(chat.calls, chat.tokens, chat.money)).describe()}")
+        lines.append(f"budget: {proposer.model.budget.describe()}")
     return "\n".join(lines)
 
 
@@ -192,7 +199,3 @@ def _tested(
     named = {f"{main} round {number}": done.instruction for number, done in enumerate(rounds)}
     named |= {f"{name} round {len(others_rounds) - 1}": others_rounds[-1].instruction for name, others_rounds in others}
     return {name: probe(TEST, instruction) for name, instruction in (named | dict(references)).items()}
-
-
-def _queries(judgments: Sequence[Judgment]) -> set[str]:
-    return {judgment.query.query_id for judgment in judgments}

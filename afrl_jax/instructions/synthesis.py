@@ -170,11 +170,9 @@ def _agreed(
 def _unlike(examples: Sequence[Example], evaluation_queries: Sequence[str]) -> tuple[list[Example], list[SetAside]]:
     """Examples that are near no other one and no evaluation query. The two sides of a near miss are alike on purpose:
     they are compared with those of other queries only."""
-    texts = dict.fromkeys(example.judgment.query.text for example in examples)
-    known = set(evaluation_queries)
-    leaks = {text: text for text in texts if text in known}
-    fresh = [text for text in texts if text not in known]
-    leaks |= {fresh[place]: other for place, other, _ in near(fresh, LEAK, known=tuple(known)) if other in known}
+    texts = list(dict.fromkeys(example.judgment.query.text for example in examples))
+    known = list(dict.fromkeys(evaluation_queries))
+    leaks = {texts[place]: other for place, other, _ in near(texts, LEAK, known=known) if other in known}
     by_query = defaultdict(list)
     for example in examples:
         by_query[example.judgment.query.query_id].append(example)

@@ -10,6 +10,7 @@ The rooms, from the street to the model:
     batching    requests of many clients in one batch; a bounded queue
     scorer      the one place that touches a RelevanceModel
     keys        API keys
+    settings    what the service allows: sizes, times, places
     monitoring  the line a request leaves in the log, and Prometheus metrics
     refusals    errors that name the field and say what would be right
     page/       the page at /

@@ -32,7 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from afrl_jax.command_line import make_parser, parse, told_plainly, zero_shot_instruction
-from afrl_jax.serve.settings import Settings, read_keys
+from afrl_jax.serve.keys import read_keys
+from afrl_jax.serve.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import os
 import secrets
 from collections.abc import Sequence
 
@@ -38,3 +39,20 @@ class Keys:
 
 
 ANYBODY = Client("", b"")
+
+
+def read_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """API keys of a file, one a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: there is no key, or one that no header can carry. The message does not repeat it.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = {number: line.strip() for number, line in enumerate(file, start=1)}
+    keys = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+    if not keys:
+        raise ValueError(f"{path}: holds no API key; it has one a line")
+    for number, key in keys.items():
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"{path}:{number}: a key is printable ASCII without blanks")
+    return tuple(keys.values())

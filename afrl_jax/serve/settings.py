@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 
 def _limit(default: float, meaning: str):
@@ -35,20 +34,3 @@ class Settings:
                 f"max_documents is {self.max_documents}, but queue_pairs, the places of all requests, is only "
                 f"{self.queue_pairs}: such a request could never be admitted"
             )
-
-
-def read_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """API keys of a file, one a line; blank lines and lines that begin with # are left out.
-
-    Raises:
-        ValueError: there is no key, or one that no header can carry. The message does not repeat it.
-    """
-    with open(path, encoding="utf-8") as file:
-        lines = {number: line.strip() for number, line in enumerate(file, start=1)}
-    keys = {number: line for number, line in lines.items() if line and not line.startswith("#")}
-    if not keys:
-        raise ValueError(f"{path}: holds no API key; it has one a line")
-    for number, key in keys.items():
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise ValueError(f"{path}:{number}: a key is printable ASCII without blanks")
-    return tuple(keys.values())

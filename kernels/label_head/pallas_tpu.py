@@ -5,8 +5,8 @@ row [1, n]. Bytes moved: the head once per row tile, so the least possible up to
 labels only, C rows of the head.
 
 As compiled for v5e, v5p and v6e, 64 rows need at most 5.7 MiB of VMEM and, with what surrounds the kernel, move at most
-1.006 times the operands and results, for SmolLM2-135M in float32 and Qwen3-0.6B in bfloat16; with labels only, less
-than 1 MiB. 512 rows of Qwen3-32B need at most 36.2 MiB and move 1.014 times.
+1.006 times the operands and results, for SmolLM2-135M in float32 and Qwen3-0.6B in bfloat16; with labels only they move
+less than 1 MiB.
 """
 
 from __future__ import annotations

@@ -26,9 +26,8 @@ def prefix_attention(
     """Each token attends to the prefix of its row and to the earlier tokens of its own suffix, and to itself.
 
     A row holds one or more suffixes of one prefix: a suffix is a run of equal, non-zero segment ids, zero is padding.
-    The two softmaxes, over the prefix and over the suffix, are merged by their log-sum-exps, which is one softmax over
-    both. Scores are scaled by H ** -0.5; they, the softmax and the accumulation are float32. Positions (rotary) are the
-    caller's. Forward only.
+    One softmax goes over prefix and suffix. Scores are scaled by H ** -0.5; they, the softmax and the accumulation are
+    float32. Positions (rotary) are the caller's. Forward only.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: of the suffixes' tokens; query head n shares key/value head n // (N / K).

@@ -63,7 +63,6 @@ def split_row_attention(
     branches_BT: jax.Array,
     rows: tuple[str, ...],
     heads: str,
-    implementation: str | None = None,
 ) -> jax.Array:
     """`row_attention` of global arrays on the mesh that is set (`jax.set_mesh`), differentiable likewise.
 
@@ -75,7 +74,7 @@ def split_row_attention(
     """
     by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
     mapped = jax.shard_map(
-        lambda *arrays: row_attention(*arrays, implementation=implementation),
+        row_attention,
         in_specs=(by_head, by_head, by_head, by_row, by_row),
         out_specs=by_head,
         check_vma=False,

@@ -32,7 +32,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_q_BTNH, d_k_BTKH, d_v_BTKH), in the dtypes of q, k and v."""
     kv_heads, scale = k_BTKH.shape[2], q_BTNH.shape[-1] ** -0.5
-    q_BKTMH, d_mixed_BKTMH = heads_first(q_BTNH, kv_heads), heads_first(d_mixed_BTNH, kv_heads)
+    q_BKTMH, d_mixed_BKTMH = _heads_first(q_BTNH, kv_heads), _heads_first(d_mixed_BTNH, kv_heads)
     weight_BKTMS = jnp.exp(_scores(q_BTNH, k_BTKH, place_BT) - normalizer_BKTM[..., None])
     d_weight_BKTMS = _product("bktmh,bskh->bktms", d_mixed_BKTMH, v_BTKH)
     shared_BKTM = along_mixed(mixed_BTNH, d_mixed_BTNH, kv_heads)
@@ -51,7 +51,7 @@ def along_mixed(mixed_BTNH: jax.Array, d_mixed_BTNH: jax.Array, kv_heads: int) -
     return product_BTN.reshape(B, T, kv_heads, N // kv_heads).swapaxes(1, 2)
 
 
-def heads_first(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+def _heads_first(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, N, H] to [B, K, T, M, H]: the order in which a batched matrix product leaves the scores, so that the
     largest array is not copied."""
     B, T, N, H = x_BTNH.shape
@@ -66,7 +66,7 @@ def _heads_last(x_BKTMH: jax.Array) -> jax.Array:
 def _scores(q_BTNH: jax.Array, k_BTKH: jax.Array, place_BT: jax.Array) -> jax.Array:
     """[B, K, T, M, S] float32, -inf where a token may not look."""
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    score_BKTMS = _product("bktmh,bskh->bktms", heads_first(q_BTNH, k_BTKH.shape[2]), k_BTKH) * H**-0.5
+    score_BKTMS = _product("bktmh,bskh->bktms", _heads_first(q_BTNH, k_BTKH.shape[2]), k_BTKH) * H**-0.5
     seen_BTS = sees(place_BT[:, :, None], place_BT[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
     return jnp.where(seen_BTS[:, None, :, None], score_BKTMS, -jnp.inf)
 

@@ -25,14 +25,9 @@ def splits(mesh: AbstractMesh, tokens: int, vocabulary: int, rows: tuple[str, ..
     return tokens % parts[0] == 0 and vocabulary % parts[1] == 0
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def split_token_logprobs(
-    hidden_MD: jax.Array,
-    head_VD: jax.Array,
-    target_M: jax.Array,
-    rows: tuple[str, ...],
-    head: tuple[str, ...],
-    temperature: float = 1.0,
-    implementation: str | None = None,
+    hidden_MD: jax.Array, head_VD: jax.Array, target_M: jax.Array, rows: tuple[str, ...], head: tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of global arrays on the mesh that is set (`jax.set_mesh`), differentiable likewise.
 
@@ -40,21 +35,16 @@ def split_token_logprobs(
         rows: mesh axes that split the M tokens.
         head: mesh axes that split the V rows of the head; those that are in `rows` too exchange their tokens.
     """
-    return _split(hidden_MD, head_VD, target_M, rows, head, temperature, implementation)
+    return _forward(hidden_MD, head_VD, target_M, rows, head)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _split(hidden_MD, head_VD, target_M, rows, head, temperature, implementation):
-    return _forward(hidden_MD, head_VD, target_M, rows, head, temperature, implementation)[0]
-
-
-def _forward(hidden_MD, head_VD, target_M, rows, head, temperature, implementation):
+def _forward(hidden_MD, head_VD, target_M, rows, head):
     shared = tuple(axis for axis in head if axis in rows)
 
     def local(hidden_mD, head_vD, target_m):
         hidden_MD, target_M = (_gather(x, shared) for x in (hidden_mD, target_m))
         here_M, inside_M = _own(target_M, head_vD, head)
-        logprob_M, entropy_M, normalizer_M = _run("forward", implementation, temperature, hidden_MD, head_vD, here_M)
+        logprob_M, entropy_M, normalizer_M = _run("forward", hidden_MD, head_vD, here_M)
         largest_M = jax.lax.pmax(normalizer_M, head)
         total_M = largest_M + jnp.log(jax.lax.psum(jnp.exp(normalizer_M - largest_M), head))
         # Where p = w q with q normalized over a device's rows, H[p] = sum of w (H[q] - log w).
@@ -73,7 +63,7 @@ def _forward(hidden_MD, head_VD, target_M, rows, head, temperature, implementati
     return (logprob_M, entropy_M), (hidden_MD, head_VD, target_M, total_M, entropy_M)
 
 
-def _backward(rows, head, temperature, implementation, saved, cotangents):
+def _backward(rows, head, saved, cotangents):
     shared = tuple(axis for axis in head if axis in rows)
     beside = tuple(axis for axis in head if axis not in rows)
     apart = tuple(axis for axis in rows if axis not in head)
@@ -82,9 +72,7 @@ def _backward(rows, head, temperature, implementation, saved, cotangents):
         hidden_MD, target_M, *floats_M = (_gather(x, shared) for x in (hidden_mD, target_m, *floats_m))
         here_M, _ = _own(target_M, head_vD, head)
         # float32, because what the devices find is added up
-        d_hidden_MD, d_head_vD = _run(
-            "backward", implementation, temperature, hidden_MD.astype(jnp.float32), head_vD, here_M, *floats_M
-        )
+        d_hidden_MD, d_head_vD = _run("backward", hidden_MD.astype(jnp.float32), head_vD, here_M, *floats_M)
         d_hidden_MD = jax.lax.psum(d_hidden_MD, beside) if beside else d_hidden_MD
         if shared:
             d_hidden_MD = jax.lax.psum_scatter(d_hidden_MD, shared, tiled=True)
@@ -100,14 +88,14 @@ def _backward(rows, head, temperature, implementation, saved, cotangents):
     return *mapped(*saved, *cotangents), None
 
 
-_split.defvjp(_forward, _backward)
+split_token_logprobs.defvjp(_forward, _backward)
 
 
-def _run(direction: str, implementation: str | None, temperature: float, hidden_MD, head_vD, *rest: jax.Array):
+def _run(direction: str, hidden_MD, head_vD, *rest: jax.Array):
     obstacle = pallas_tpu.obstacle(hidden_MD.shape[1], hidden_MD.dtype.itemsize, head_vD.dtype.itemsize)
-    chosen = _implementation.choice("token_logprobs", implementation, obstacle=obstacle)
+    chosen = _implementation.choice("token_logprobs", obstacle=obstacle)
     implementations = {
-        name: functools.partial(getattr(module, direction), temperature=temperature)
+        name: functools.partial(getattr(module, direction), temperature=1.0)
         for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items()
     }
     return _implementation.run(chosen, implementations, hidden_MD, head_vD, *rest)

@@ -68,4 +68,4 @@ def test_a_batch_holds_few_prefixes():
 
 def test_devices_share_a_small_batch():
     (batch,) = plan([40] * 8, [0] * 8, [0] * 8, budget=1024, rows=4)
-    assert sorted(map(len, batch.rows)) == [2, 2, 2, 2] or batch.tokens <= 128
+    assert batch.tokens == 128 and list(map(len, batch.rows)) == [3, 3, 2, 0]  # whole items do not divide evenly

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from afrl_jax import export, relevance_file
+from afrl_jax import export, model_card, relevance_file
+from afrl_jax.decision import Decision
 from afrl_jax.export import CLASSIFIER, export_model, transformers_probabilities, weights_digest
 from afrl_jax.scoring import RelevanceModel
 
@@ -229,3 +231,10 @@ def test_transformers_probabilities_are_a_plain_softmax_over_the_label_tokens(ex
     np.testing.assert_allclose(found["causal"], expected, atol=1e-6)
     calibrated = scipy.special.softmax(np.log(expected) / 0.8 + np.array([0.3, 0, -0.2]), axis=-1)
     np.testing.assert_allclose(model.predict_proba(pairs), calibrated, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("made", [Decision(), Decision(threshold=0.37), Decision(divisor=(0.2, 1.0, 0.5))])
+def test_the_card_decides_as_we_do(made):
+    for row in np.random.default_rng(0).dirichlet(np.ones(3), 50):
+        told = {"torch": torch, "probabilities": torch.tensor(row), "relevance": {"decision": dataclasses.asdict(made)}}
+        assert int(eval(model_card._in_torch(made), told)) == made(row)

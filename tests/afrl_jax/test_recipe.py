@@ -11,10 +11,8 @@ import random
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
 
 from afrl_jax import batch_plan, recipe
 from afrl_jax.data import clips
@@ -24,7 +22,7 @@ from afrl_jax.settings import read_settings
 from lm_jax.checkpoint import load_tree
 from lm_jax.config import DecoderConfig
 from lm_jax.config_file import read_config
-from lm_jax.parameters import table
+from lm_jax.parameters import abstract
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("text", "sft", "rl", "distill")
@@ -69,12 +67,10 @@ def uninterrupted(tmp_path_factory):
 def trained_parameters(workdir: pathlib.Path) -> dict[tuple[str, str], bytes]:
     """The bits of every array that every stage left."""
     config = json.loads((workdir / "config.json").read_text())
-    place = SingleDeviceSharding(jax.devices()[0])
     found = {}
     for stage in STAGES:
         model = "student" if stage == "distill" else "teacher"
-        rows = table(DecoderConfig(vocab_size=config["vocabulary"], **config[model]["shape"]))
-        like = {name: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=place) for name, row in rows.items()}
+        like = abstract(DecoderConfig(vocab_size=config["vocabulary"], **config[model]["shape"]))
         arrays = load_tree(workdir / "stages" / stage / "arrays", like)
         found |= {(stage, name): np.asarray(array).tobytes() for name, array in arrays.items()}
     return found

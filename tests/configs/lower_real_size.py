@@ -23,7 +23,7 @@ from afrl_jax.stage_steps import stage_step  # noqa: E402
 from lm_jax import rows, train_state  # noqa: E402
 from lm_jax.config import preset  # noqa: E402
 from lm_jax.config_file import read_config  # noqa: E402
-from lm_jax.parameters import shardings, table  # noqa: E402
+from lm_jax.parameters import abstract  # noqa: E402
 from lm_jax.sample import sample  # noqa: E402
 from lm_jax.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
@@ -37,10 +37,7 @@ def int32(*shape):
 def lower(made: recipe.Recipe, name: str, stage) -> dict:
     """Lower a stage's train step, and what it samples or scores with; says how large things are."""
     config = made.inputs.shapes[stage.model]
-    places = shardings(config, made.mesh)
-    parameters = {
-        key: jax.ShapeDtypeStruct(row.shape, np.float32, sharding=places[key]) for key, row in table(config).items()
-    }
+    parameters = abstract(config, made.mesh)
     if isinstance(stage, RLStage):
         source = RolloutSource(
             made.format, config, stage.rollouts, made.judgments[stage.prompts_from],

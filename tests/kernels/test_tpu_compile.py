@@ -45,7 +45,7 @@ def test_label_head(compiled, embed, vocabulary, dtype, vmem):
 # 32 suffixes behind one prefix, heads of SmolLM2-135M and of Qwen3-0.6B.
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "dtype", "vmem", "around"),
-    [(9, 3, 64, "float32", 1.3, 5.5), (16, 8, 128, "bfloat16", 0.8, 3.7)],
+    [(9, 3, 64, "float32", 1.3, 4.1), (16, 8, 128, "bfloat16", 0.8, 3.7)],
 )
 def test_prefix_attention(compiled, heads, kv_heads, size, dtype, vmem, around):
     queries, keys = ((32, 128, heads, size), dtype), ((32, 128, kv_heads, size), dtype)
@@ -85,8 +85,9 @@ def test_token_logprobs(compiled, embed, vocabulary, dtype, vmem):
     least = {"forward": nbytes(hidden, head), "d_hidden": nbytes(hidden, hidden, head)}
     least["d_head"] = nbytes(hidden, head, head)
     assert max(kernel.vmem for kernel in kernels.values()) <= vmem * MIB
+    most = {"forward": 1.001, "d_hidden": 1.001, "d_head": 1.07}
     for name, bytes_ in least.items():
-        assert bytes_ <= kernels[f"token_logprobs_{name}"].bytes < 1.07 * bytes_
+        assert bytes_ <= kernels[f"token_logprobs_{name}"].bytes < most[name] * bytes_
     # A head whose rows are no whole registers lies column by column: it and its gradient are copied.
     assert costs.bytes < (1.001 if embed % 128 == 0 else 2.001) * sum(least.values())
 
@@ -119,4 +120,4 @@ def test_row_attention(compiled):
     for name, bytes_ in least.items():
         assert bytes_ <= kernels[f"row_attention_{name}"].bytes < 1.3 * bytes_
     # The scores of all heads in float32 would be 64 MiB.
-    assert memory.temp_size_in_bytes < 14 * MIB
+    assert memory.temp_size_in_bytes < 12.5 * MIB

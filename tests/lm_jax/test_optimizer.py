@@ -115,3 +115,19 @@ def test_muon_makes_the_updates_of_layer_matrices_orthogonal_and_as_large_as_ada
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="unknown optimizer 'sgd'; known are adamw, muon"):
         make_optimizer(CONFIG, lambda step: 0.5, kind="sgd", weight_decay=0.0, clip=1.0)
+
+
+def test_moments_in_bfloat16_give_nearly_the_same_step():
+    start = initialize(CONFIG, 0)
+    gradient = {name: 0.01 * jax.random.normal(jax.random.key(3), x.shape) for name, x in start.items()}
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        transformation = make_optimizer(CONFIG, lambda step: 1e-2, weight_decay=0.0, clip=1.0, dtype=dtype)
+        state = transformation.init(start)
+        for _ in range(3):
+            updates[dtype], state = transformation.update(gradient, state, start)
+        floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+        assert floats == {jnp.dtype(dtype)}
+        assert all(x.dtype == jnp.float32 for x in updates[dtype].values())
+    for name, x in updates["float32"].items():  # bfloat16 keeps 8 bits: 2^-9 a rounding, a handful of them
+        np.testing.assert_allclose(updates["bfloat16"][name], x, rtol=0.03, err_msg=name)

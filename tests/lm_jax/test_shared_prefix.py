@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm_jax.decoder import Decoder
-from lm_jax.shared_prefix import Block, SharedPrefixDecoder, Suffixes, answer_cache, empty_block, joined
+from lm_jax.shared_prefix import Block, SharedPrefixDecoder, Suffixes, answer_cache, empty_block, joined, scan
 
 RANDOM = np.random.default_rng(0)
 PREFIXES, SIZE = (9, 14), 16
@@ -86,7 +86,7 @@ def test_the_empty_prefix_is_no_prefix(case):
 
 
 def test_bfloat16_layers_are_read_as_they_are(case):
-    """The CPU's way around slicing 16-bit floats changes no bit: rounded operands, exact sums within bfloat16's own."""
+    """Rounded operands, exact sums: within bfloat16's own rounding of float32."""
     decoder, _, blocks, _, suffixes = case
     parameters = {name: getattr(decoder, name)[...] for name in decoder.stacked} | {
         name: getattr(decoder, name)[...] for name in ("embed", "final_norm")
@@ -98,3 +98,10 @@ def test_bfloat16_layers_are_read_as_they_are(case):
     used = np.arange(T) < np.asarray(suffixes.lengths).sum(1)[:, None]
     difference = np.abs(np.asarray(found, np.float32) - np.asarray(exact))[used]
     assert 0 < difference.max() < 0.1 * np.abs(np.asarray(exact)[used]).max()  # .02 observed
+
+
+def test_a_scan_over_bits_gives_the_bits_of_a_scan():
+    x = jax.random.normal(jax.random.key(0), (3, 4)).astype(jnp.bfloat16)
+    step = lambda carry, row: (carry + row.astype(jnp.float32), row)
+    ours, theirs = (jax.jit(lambda x, run=run: run(step, jnp.zeros(4), x))(x) for run in (scan, jax.lax.scan))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)

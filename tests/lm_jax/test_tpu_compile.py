@@ -5,15 +5,15 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from afrl_jax import batch_plan, distill, sft, stepwise_grpo
 from afrl_jax.label_step import trace_step
 from lm_jax import optimizer, rows, train_state
 from lm_jax.config import DecoderConfig
-from lm_jax.parameters import shardings, table
+from lm_jax.parameters import abstract
 from lm_jax.sample import sample
+from sharding.chips import topology
 from sharding.mesh import make_mesh
 
 CONFIG = DecoderConfig("qwen3", 512, 256, 2, 4, 2, 64, 512, qk_norm=True)
@@ -41,8 +41,7 @@ def mesh(request):
     """Two by two chips of a TPU generation."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: it holds the compiler for TPUs")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=request.param)
-    made = make_mesh("fsdp=2,tensor=2", list(topology.devices))
+    made = make_mesh("fsdp=2,tensor=2", topology(request.param)[1])
     with jax.set_mesh(made):
         yield made
 
@@ -57,8 +56,7 @@ def placed(mesh, batch):
 
 
 def parameters(mesh):
-    places = shardings(CONFIG, mesh)
-    return {name: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=places[name]) for name, x in table(CONFIG).items()}
+    return abstract(CONFIG, mesh)
 
 
 def check(compiled, copies: float, besides: int = 0):

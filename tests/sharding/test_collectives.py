@@ -11,7 +11,7 @@ import pytest
 from afrl_jax import sft
 from lm_jax import optimizer, rows, train_state
 from lm_jax.config import DecoderConfig
-from lm_jax.parameters import shardings, table
+from lm_jax.parameters import abstract
 from lm_jax.sample import sample
 from sharding import rules
 from sharding.chips import topology
@@ -39,8 +39,7 @@ def on(mesh, dtype, *shape):
 
 
 def parameters(mesh):
-    places = shardings(CONFIG, mesh)
-    return {name: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=places[name]) for name, x in table(CONFIG).items()}
+    return abstract(CONFIG, mesh)
 
 
 def exchanged(lowered) -> set[tuple[str, tuple[int, ...]]]:

@@ -88,6 +88,17 @@ def test_labels_of_the_dataset_are_its_raw_grades(written):
         read_judgments({"format": "dataset", "path": written[0]}, Scale(("bad", "fair", "good")))
 
 
+def test_writing_again_replaces_the_data_and_what_was_refused(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(row(1))}\nno json\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps(row(2)))
+    for name, refused in (("bad", 1), ("good", 0)):
+        ended = run(f"--input={tmp_path}/{name}.jsonl", "--labels=0,1,2", f"--output={tmp_path}/out")
+        assert f"1 judgments kept, {refused} rows refused" in ended.stdout
+        lines = [line for path in tmp_path.glob("out/refused/*") for line in path.read_text().splitlines()]
+        assert len(lines) == refused
+    assert read_judgments({"format": "dataset", "path": tmp_path / "out"}, SCALE) == [judgment(2)]
+
+
 def test_no_file_is_an_error(tmp_path):
     ended = run(f"--input={tmp_path}/none*", "--labels=0,1", f"--output={tmp_path}/out")
     assert ended.returncode != 0

@@ -33,3 +33,10 @@ def test_known_texts_are_looked_at_and_never_reported():
     assert found == [(0, "Chess  for kids", 1.0), (1, "pasta", 1.0)]
     assert list(near([], 0.8, known=["a"])) == []
     assert list(near(["only one"])) == []
+
+
+def test_a_known_text_comes_before_one_that_is_more_alike():
+    known, sibling, text = "abcdefghijklmnopqrs", "abcdefghijklmnopqrXYZ", "abcdefghijklmnopqrX"
+    near_known, near_sibling = (similarity(shingles(text), shingles(each)) for each in (known, sibling))
+    assert 0.8 < near_known < near_sibling and similarity(shingles(known), shingles(sibling)) < 0.8
+    assert list(near([sibling, text], 0.8, known=[known])) == [(1, known, near_known)]

@@ -11,7 +11,7 @@ from afrl_jax.decision import fit_decision
 from afrl_jax.instructions import recheck
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.evolution import Evolution, Size, first_queries, group_sizes, split_by_query
-from afrl_jax.instructions.probe import LanguageModelJudge, ModelJudge, Probe
+from afrl_jax.instructions.probe import ModelJudge, Probe
 from afrl_jax.instructions.proposers import MinedRules, RandomEdits
 from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
 from afrl_jax.instructions.synthesis import read_the_words
@@ -153,8 +153,7 @@ def test_dev_new_shares_no_query_with_what_checks_it(ideal, sets, tmp_path):
 
 
 def test_random_edits_never_see_the_grades(table):
-    blind = RandomEdits(table, [[3]], 0)
-    assert not any(isinstance(value, np.ndarray) for value in vars(blind).values())
+    assert set(vars(RandomEdits(table, [[3]], 0))) == {"_features", "_sizes", "_seed"}
 
 
 def test_a_model_is_asked_under_the_instruction(tiny_model, pairs):
@@ -171,17 +170,3 @@ def test_a_model_is_asked_under_the_instruction(tiny_model, pairs):
     assert fitted.decision == fit_decision(fitted.probabilities, gold, np.array([0, 0, 1, 2, 2]))
     raw = judge.grade(pairs, other).probabilities
     assert -np.log(fitted.probabilities[np.arange(5), gold]).sum() < -np.log(raw[np.arange(5), gold]).sum()
-
-
-def test_a_language_model_judges_by_its_label(pairs):
-    from afrl_jax.instructions.client import Completion
-
-    class Model:
-        def complete(self, prompts, *, max_tokens, temperature=0.0, seed=0):
-            assert all("1. nothing" in prompt for prompt in prompts)
-            answers = [" 2.", "3", "I think 2", "", "0"]
-            return [Completion(text, False, 1, 1) for text in answers[: len(prompts)]]
-
-    instruction = clips_rulebooks.numbered(clips_rulebooks.base_instruction(), [("nothing", 0)])
-    found = LanguageModelJudge(Model()).grade(pairs[:5], instruction).probabilities
-    np.testing.assert_array_equal(found, [[0, 0, 1, 0], [0, 0, 0, 1], [0.25] * 4, [0.25] * 4, [1, 0, 0, 0]])

@@ -13,8 +13,9 @@ import requests
 
 from afrl_jax.calibration import Calibration
 from afrl_jax.schema import Document, Query
+from afrl_jax.serve.keys import read_keys
 from afrl_jax.serve.scorer import Scorer
-from afrl_jax.serve.settings import Settings, read_keys
+from afrl_jax.serve.settings import Settings
 
 GOOD = {"query": "chess", "documents": ["robots"]}
 RERANK, SCORE, RELEVANCE = "/v1/rerank", "/v1/score", "/v1/relevance"

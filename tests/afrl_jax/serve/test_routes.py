@@ -72,8 +72,7 @@ def test_jina_and_vllm_send_objects_and_read_documents_and_usage(running, path):
     for result in answer["results"]:
         assert result["document"]["text"] == DOCUMENTS[result["index"]]
         assert result["relevance_score"] == pytest.approx(expected[result["index"]], **CLOSE)
-    prompts = model.format.encode_prompts([])
-    assert prompts == [] and answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
     bare = server.post(path, body | {"return_documents": False}).json()
     assert [result["document"] for result in bare["results"]] == [None, None]
 
