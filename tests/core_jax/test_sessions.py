@@ -7,7 +7,7 @@ from afrl_jax.data.clips_catalogue import random_clip
 from afrl_jax.data.clips_queries import render_query, split_of_intent
 from afrl_jax.data.clips_rules import Constraint, Intent
 from core_jax.schema import Action, Context
-from core_jax.sessions import FIRST_WEEK, WEEK, drift_of_week, judge_rewrite, simulate
+from core_jax.sessions import FIRST_WEEK, WEEK, _kept, drift_of_week, judge_rewrite, simulate
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,15 @@ def test_the_query_says_less_than_is_meant_and_the_watched_document_helps(simula
     assert np.mean(meant) == 1.0
     grades = [each.grades[w.doc_id] for each in simulated if (w := each.session.context.watched)]
     assert np.mean(np.array(grades) == 3) > 0.75
+
+
+def test_without_context_a_subject_is_typed_and_something_is_left_out_even_of_two_subjects():
+    intent = Intent((Constraint("topic", "cycling"), Constraint("creator", "Ana Reyes")))
+    rng = np.random.default_rng(0)
+    typed = {_kept(rng, intent, has_context=False).constraints for _ in range(20)}
+    assert typed == {intent.constraints[:1]}
+    typed = {_kept(rng, intent, has_context=True).constraints for _ in range(50)}
+    assert typed == {intent.constraints[:1], intent.constraints[1:]}
 
 
 def test_splits_share_no_intent():
