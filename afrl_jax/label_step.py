@@ -16,7 +16,7 @@ from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.parameters import Parameters
 from lm_jax.shared_prefix import Block, SharedPrefixDecoder, Suffixes, joined
-from sharding.rules import constrain, spec
+from sharding.rules import constrain, on_each_device, spec
 
 
 def in_dtype(parameters: Parameters, config: DecoderConfig, dtype: str) -> Parameters:
@@ -46,15 +46,15 @@ def prefill_suffixes(parameters, labels_CD, suffixes, prefixes, *, config: Decod
 
 
 def _read_labels(decoder: SharedPrefixDecoder, residual_BTD, labels_CD, suffixes: Suffixes) -> jax.Array:
-    logprobs_BUC, _ = label_head(
-        residual_BTD,
-        jnp.maximum(suffixes.ends - 1, 0),
-        decoder.final_norm[...],
-        labels_CD,
-        tuple(range(labels_CD.shape[0])),
-        epsilon=decoder.config.norm_epsilon,
-        labels_only=True,
-    )
+    def read(residual_BTD, at_BU, norm_D, labels_CD):
+        ids = tuple(range(labels_CD.shape[0]))
+        return label_head(
+            residual_BTD, at_BU, norm_D, labels_CD, ids, epsilon=decoder.config.norm_epsilon, labels_only=True
+        )[0]
+
+    axes = (("batch", "length", "activation"), ("batch", None), (None,), (None, None))
+    read = on_each_device(read, axes, ("batch", None, None))
+    logprobs_BUC = read(residual_BTD, jnp.maximum(suffixes.ends - 1, 0), decoder.final_norm[...], labels_CD)
     return constrain(logprobs_BUC, (None, None, None))  # every process reads all of it
 
 

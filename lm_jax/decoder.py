@@ -24,11 +24,11 @@ import numpy as np
 from flax import nnx, struct
 
 from kernels.rms_norm import rms_norm
-from kernels.row_attention import row_attention, split_row_attention, splits
+from kernels.row_attention import row_attention
 from lm_jax.config import DecoderConfig
 from lm_jax.lora import merged_layer
 from lm_jax.parameters import Parameters, rotary_frequencies, table
-from sharding.rules import RULES, constrain
+from sharding.rules import RULES, constrain, on_each_device
 
 REMAT = {
     "none": None,
@@ -119,11 +119,9 @@ def attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, groups_BT: jax.Array, branches_BT: jax.Array
 ) -> jax.Array:
     """Attention inside rows; on a mesh each device takes its own rows and heads, if the mesh divides them."""
-    rows, heads = RULES["batch"], RULES["kv_heads"]
-    arrays = (q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
-    if splits(jax.sharding.get_abstract_mesh(), q_BTNH.shape[0], k_BTKH.shape[2], rows, heads):
-        return split_row_attention(*arrays, rows, heads)
-    return row_attention(*arrays)
+    row, queries, keys = ("batch", "length"), ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+    split = on_each_device(row_attention, (queries, keys, keys, row, row), queries)
+    return split(q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
 
 
 @struct.dataclass

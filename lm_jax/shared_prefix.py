@@ -4,7 +4,7 @@ A batch is made of rows; a row packs whole suffixes one after the other into T t
 far the most of the work, multiply no padding. For attention alone each suffix is laid out in a line of its own, W wide.
 
 Shapes: B rows, T tokens a row, U suffixes a row, W width of a suffix's line, P prefixes of S positions; else as in
-`lm_jax.decoder`.
+`lm_jax.decoder`. X is U x W.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import struct
 from kernels.prefix_attention import prefix_attention
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Cache, Decoder, rotary_angles
-from sharding.rules import constrain
+from sharding.rules import constrain, on_each_device
 
 
 @struct.dataclass
@@ -70,23 +70,33 @@ class SharedPrefixDecoder(Decoder):
         offset_BT = jnp.clip(jnp.arange(T) - jnp.take_along_axis(starts_BU, owner_BT, axis=1), 0, W - 1)
         before_BU = suffixes.prefix_lengths[suffixes.prefix_of]
         angles = rotary_angles(jnp.take_along_axis(before_BU, owner_BT, axis=1) + offset_BT, H, config.rope_theta)
-        token_at = jnp.minimum(starts_BU[..., None] + jnp.arange(W), T - 1).reshape(B, U * W, 1, 1)
-        place_of = (owner_BT * W + offset_BT)[..., None, None]
-        segments = (jnp.arange(W) < suffixes.lengths[..., None]).astype(jnp.int32).reshape(B * U, W)
+        token_at_BX = jnp.minimum(starts_BU[..., None] + jnp.arange(W), T - 1).reshape(B, U * W)
+        place_BT = owner_BT * W + offset_BT
+        segments_BX = (jnp.arange(W) < suffixes.lengths[..., None]).astype(jnp.int32).reshape(B, U * W)
 
-        def attend(q_BTNH, k_BTKH, v_BTKH, keys_PSKH, values_PSKH):
-            lines = (jnp.take_along_axis(x, token_at, axis=1, mode="clip") for x in (q_BTNH, k_BTKH, v_BTKH))
+        def attend(q_BTNH, k_BTKH, v_BTKH, token_at_BX, place_BT, segments_BX, owner_BU, *prefixes):
+            at = token_at_BX[..., None, None]
+            lines = (jnp.take_along_axis(x, at, axis=1, mode="clip") for x in (q_BTNH, k_BTKH, v_BTKH))
             mixed = prefix_attention(
-                *(x.reshape(B * U, W, -1, H) for x in lines),
-                segments, keys_PSKH, values_PSKH, suffixes.prefix_lengths, suffixes.prefix_of.reshape(-1),
+                *(x.reshape(-1, W, *x.shape[2:]) for x in lines), segments_BX.reshape(-1, W), *prefixes,
+                owner_BU.reshape(-1),
             )  # fmt: skip
-            return jnp.take_along_axis(mixed.reshape(B, U * W, -1, H), place_of, axis=1, mode="clip")
+            mixed = mixed.reshape(-1, U * W, *mixed.shape[2:])
+            return jnp.take_along_axis(mixed, place_BT[..., None, None], axis=1, mode="clip")
+
+        row, queries, keys = ("batch", None), ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+        prefix = (None, None, "kv_heads", None)
+        attend = on_each_device(attend, (queries, keys, keys, *(row,) * 4, prefix, prefix, (None,)), queries)
 
         def block(x_BTD, inputs):
             weights, keys_PSKH, values_PSKH = inputs
             weights = self._gathered(weights)
             q_BTNH, k_BTKH, v_BTKH = self._queries_keys_values(x_BTD, weights, angles)
-            x_BTD = self._finish(x_BTD, attend(q_BTNH, k_BTKH, v_BTKH, keys_PSKH, values_PSKH), weights)
+            mixed_BTNH = attend(
+                q_BTNH, k_BTKH, v_BTKH, token_at_BX, place_BT, segments_BX, suffixes.prefix_of, keys_PSKH, values_PSKH,
+                suffixes.prefix_lengths,
+            )  # fmt: skip
+            x_BTD = self._finish(x_BTD, mixed_BTNH, weights)
             x_BTD = constrain(x_BTD, ("batch", "length", "activation"))
             return x_BTD, (k_BTKH, v_BTKH) if keep else None
 

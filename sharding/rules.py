@@ -6,6 +6,9 @@ the only place that decides what is split over what.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -54,3 +57,26 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], axes: tuple[tuple[str | None, ...], ...], result: tuple[str | None, ...]
+) -> Callable[..., jax.Array]:
+    """`function` run by each device of the mesh that is set on its own part of every array, nothing exchanged.
+
+    For what the compiler cannot split by itself, Pallas kernels above all. Without a mesh, or where the mesh does not
+    divide an array evenly, it is `function` as it is.
+
+    Args:
+        axes, result: the logical axes of its arguments and of what it returns.
+    """
+
+    def run(*arrays: Any) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        specs = tuple(spec(each) for each in axes)
+        parts = [(each, x.shape) for each, x in zip(axes, arrays, strict=True)]
+        if mesh.empty or mesh.size == 1 or specs != tuple(_dividing(mesh, *part) for part in parts):
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=spec(result), check_vma=False)(*arrays)
+
+    return run

@@ -7,16 +7,14 @@ step by far; here the backward pass computes them again, on a TPU one tile at a 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from kernels import implementation as _implementation
 from kernels.row_attention import pallas_tpu, reference
 from kernels.row_attention.place import BRANCHES, place_of
 
-__all__ = ["BRANCHES", "row_attention", "split_row_attention", "splits"]
+__all__ = ["BRANCHES", "row_attention"]
 
 
 def row_attention(
@@ -46,40 +44,6 @@ def row_attention(
     obstacle = pallas_tpu.obstacle(q_BTNH, k_BTKH, v_BTKH)
     chosen = _implementation.choice("row_attention", implementation, obstacle=obstacle)
     return _row_attention(q_BTNH, k_BTKH, v_BTKH, place_of(groups_BT, branches_BT), tuple(chosen.items()))
-
-
-def splits(mesh: AbstractMesh, batch: int, kv_heads: int, rows: tuple[str, ...], heads: str) -> bool:
-    """Whether `split_row_attention` can run: several devices, and the mesh divides rows and key/value heads evenly."""
-    if mesh.empty or mesh.size == 1:
-        return False
-    return batch % math.prod(mesh.shape[axis] for axis in rows) == 0 and kv_heads % mesh.shape[heads] == 0
-
-
-def split_row_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    groups_BT: jax.Array,
-    branches_BT: jax.Array,
-    rows: tuple[str, ...],
-    heads: str,
-) -> jax.Array:
-    """`row_attention` of global arrays on the mesh that is set (`jax.set_mesh`), differentiable likewise.
-
-    Each device attends in its rows and with its heads, and nothing is exchanged.
-
-    Args:
-        rows: mesh axes that split the batch.
-        heads: mesh axis that splits the key/value heads, and the query heads with them.
-    """
-    by_head, by_row = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
-    mapped = jax.shard_map(
-        row_attention,
-        in_specs=(by_head, by_head, by_head, by_row, by_row),
-        out_specs=by_head,
-        check_vma=False,
-    )
-    return mapped(q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
