@@ -27,14 +27,13 @@ stopped (Ctrl-C).
 from __future__ import annotations
 
 import argparse
-import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_jax.config_file import read_config
 from lm_jax.host_memory import keep_freed_memory
+from lm_jax.plan_arguments import add_plan_arguments, check_plan_arguments, end_with_plan
 from lm_jax.program import before_jax, end_at_once_when_stopped, ending_as_told, join_run, use_kernels
 
 
@@ -49,14 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the experiment, a file in configs/")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the run lives, or goes on")
-    parser.add_argument("--compile_for", metavar="SLICE", help="plan for a TPU slice, such as v5p:4x4x4, instead")
-    parser.add_argument("--mesh", metavar="MESH", help="of the plan: auto, or as the config's `mesh`")
-    parser.add_argument("--plan_file", type=Path, metavar="FILE", help="where the plan's figures go as JSON")
+    add_plan_arguments(parser)
     parsed, overrides = parser.parse_known_args(arguments)
-    if not parsed.workdir and not parsed.compile_for:
-        parser.error("the following arguments are required: --workdir")
-    if not parsed.compile_for and (parsed.mesh or parsed.plan_file):
-        parser.error("--mesh and --plan_file belong to --compile_for; a run's mesh is --config.mesh=...")
+    check_plan_arguments(parser, parsed)
     try:
         config = read_config(parsed.config, overrides)
     except (ValueError, OSError) as error:
@@ -71,20 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser, config: Mapping[str, Any], parsed: argparse.Namespace) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs: the slice is only described
     from afrl_jax.plan import programs
     from afrl_jax.settings import read_settings
-    from lm_jax.plan_table import show_plan
 
-    try:
-        settings = read_settings(config)
-        use_kernels(settings.kernels)
-        mesh = settings.mesh if parsed.mesh is None else parsed.mesh
-        made = functools.partial(programs, settings)
-        fits = show_plan(made, parsed.compile_for, mesh, settings.remat, parsed.plan_file)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    parser.exit(0 if fits else 1)
+    end_with_plan(parser, parsed, config, read_settings, programs)
 
 
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:

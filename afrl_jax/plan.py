@@ -9,11 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,14 +22,10 @@ from afrl_jax.rollouts import prompt_width, rollout_row_shape
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, Stage
 from afrl_jax.stage_steps import stage_objective, stage_step
 from lm_jax import train_state
-from lm_jax.config import PRESETS, DecoderConfig
-from lm_jax.decoder import Decoder
+from lm_jax.config import DecoderConfig
 from lm_jax.parameters import abstract
-from lm_jax.rows import Branch, Group, RowShape, abstract_batch
-from lm_jax.sample import sample
-from lm_jax.shape import shape_from_fields
-from lm_jax.weights import read_source_config
-from sharding import rules
+from lm_jax.plan_programs import on_mesh, planned_shape, sampling, training
+from lm_jax.rows import Branch, Group, RowShape
 from sharding.distributed import batch_parts
 from sharding.plan import Program
 
@@ -82,14 +75,9 @@ def _programs(settings: Settings, mesh: Mesh) -> Iterator[Program]:
 
 
 def _shape(model: ModelSettings, settings: Settings, known: Mapping[str, DecoderConfig]) -> DecoderConfig:
-    published = PRESETS.get(PurePath(model.source).name.lower())
     if model.cut:
         return dataclasses.replace(known["teacher"], layers=model.cut)
-    if published:
-        return published
-    if model.source:
-        return read_source_config(model.source)
-    return shape_from_fields(model.shape, settings.vocabulary)
+    return planned_shape(model.source, model.shape, settings.vocabulary)
 
 
 def _grades(settings: Settings) -> int:
@@ -113,44 +101,16 @@ def _reinforce(name: str, stage: RLStage, settings: Settings, config: DecoderCon
     """Rollout prefill, the whole rollout, and the update on what was rolled out."""
     lengths, rollouts = Lengths.of(settings), stage.rollouts
     state = _state(stage, settings, config, mesh)
-    parameters = state.parameters
+    reference = {"reference": state.parameters} if stage.kl else {}
+    yield from sampling(
+        f"{name}: rollout", config, mesh, {"weights": state.parameters, "optimizer": state.optimizer, **reference},
+        prompts=rollouts.prompts, prompt_tokens=prompt_width(lengths.prompt), group=rollouts.group,
+        max_new_tokens=rollouts.max_new_tokens, dtype=settings.dtype,
+    )  # fmt: skip
     answers = rollouts.group * rollouts.max_new_tokens
     gold = rollouts.max_new_tokens if rollouts.gated else 0
-    tokens = _on(mesh, np.int32, rollouts.prompts, prompt_width(lengths.prompt))
-    sizes = _on(mesh, np.int32, rollouts.prompts)
-
-    def prefill(parameters, tokens, sizes):
-        decoder = Decoder(config, parameters, dtype=settings.dtype)
-        return decoder.prefill(tokens, sizes, rollouts.group, rollouts.max_new_tokens)
-
-    held = {"weights": parameters, "optimizer": state.optimizer}
-    if stage.kl:
-        held["reference"] = parameters
-    resident = tuple(held.keys() - {"weights"})
-    cache = _cache(config, settings, rollouts.prompts, tokens.shape[1], answers, mesh)
-    yield Program(
-        f"{name}: rollout prefill",
-        lambda remat: jax.jit(prefill).trace(parameters, tokens, sizes),
-        held | {"cache": cache},
-        rollouts.prompts * lengths.prompt,
-        "tokens",
-        resident,
-    )
-    yield Program(
-        f"{name}: rollout, {rollouts.max_new_tokens} tokens",
-        lambda remat: sample.trace(
-            parameters, tokens, sizes, _on(mesh, np.uint32, rollouts.prompts),
-            jax.eval_shape(lambda: jax.random.key(0)), config=config, group=rollouts.group,
-            max_new_tokens=rollouts.max_new_tokens, eos=0, dtype=settings.dtype,
-        ),
-        held | {"cache": cache},
-        rollouts.prompts * answers,
-        "tokens",
-        resident,
-        rollouts.max_new_tokens,
-    )  # fmt: skip
     shape = rollout_row_shape(lengths.prompt + answers + gold, answers + gold, rollouts.group, _grades(settings))
-    yield _update(f"{name}: update", stage, settings, config, shape, rollouts.rows, mesh)
+    yield _update(f"{name}: update", stage, settings, config, shape, rollouts.rows, mesh, reference)
 
 
 # A kind of stage -> its programs; a kind that is not here trains on rows of judged pairs.
@@ -158,57 +118,42 @@ STAGE_PROGRAMS: dict[type[Stage], Callable[..., Iterator[Program]]] = {RLStage: 
 
 
 def _update(
-    name: str, stage: Stage, settings: Settings, config: DecoderConfig, shape: RowShape, rows: int, mesh: Mesh
-) -> Program:
+    name: str, stage: Stage, settings: Settings, config: DecoderConfig, shape: RowShape, rows: int, mesh: Mesh,
+    beside: Mapping[str, Any] | None = None,
+) -> Program:  # fmt: skip
     objective, coefficients = stage_objective(stage)
-    batch = {key: _on(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, rows).items()}
-    weights = {key: jax.ShapeDtypeStruct((), np.float32) for key in coefficients(0)}
-    state = _state(stage, settings, config, mesh)
-    held: dict[str, Any] = {"weights": state.parameters, "optimizer": state.optimizer, "batch": batch}
-    resident: tuple[str, ...] = ()
-    if isinstance(stage, RLStage) and stage.kl:
-        held, resident = held | {"reference": state.parameters}, ("reference",)
 
-    def trace(remat: str) -> Any:
+    def make_step(remat: str) -> train_state.Step:
         changed = dataclasses.replace(settings, remat=remat)
-        _, step = stage_step(stage, config, objective, tuple(range(_grades(settings))), changed)
-        return step.update.trace(state, batch, weights)
+        return stage_step(stage, config, objective, tuple(range(_grades(settings))), changed)[1]
 
-    return Program(name, trace, held, rows * shape.tokens, "tokens", resident)
+    state = _state(stage, settings, config, mesh)
+    return training(name, make_step, state, shape, rows, coefficients(0), mesh, beside)
 
 
 def _scoring(name: str, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
-    """One full batch of one query's documents, as long as they may be."""
-    lengths, rows = Lengths.of(settings), batch_parts(mesh)
-    count = rows * max(1, BATCH_TOKENS // lengths.document)
-    batch, *_ = plan([lengths.document] * count, [0] * count, [0] * count, budget=BATCH_TOKENS, rows=rows)
-    parameters = abstract(config, mesh)
-    trace = functools.partial(
-        trace_step, parameters, config, batch, grades=_grades(settings), prefix_size=padded(lengths.query),
+    lengths = Lengths.of(settings)
+    return scoring(
+        name, config, mesh, query=lengths.query, document=lengths.document, grades=_grades(settings),
         dtype=settings.dtype,
     )  # fmt: skip
-    held = {"weights": parameters, "batch": [_on(mesh, np.int32, rows, batch.tokens)]}
+
+
+def scoring(
+    name: str, config: DecoderConfig, mesh: Mesh, *, query: int, document: int, grades: int, dtype: str
+) -> Program:
+    """One full batch of one query's documents, with so many tokens before the documents and in each."""
+    rows = batch_parts(mesh)
+    count = rows * max(1, BATCH_TOKENS // document)
+    batch, *_ = plan([document] * count, [0] * count, [0] * count, budget=BATCH_TOKENS, rows=rows)
+    parameters = abstract(config, mesh)
+    trace = functools.partial(
+        trace_step, parameters, config, batch, grades=grades, prefix_size=padded(query), dtype=dtype
+    )
+    held = {"weights": parameters, "batch": [on_mesh(mesh, np.int32, rows, batch.tokens)]}
     return Program(name, lambda remat: trace(), held, len(batch.items), "pairs")
 
 
 def _state(stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:
     transformation, _ = stage_step(stage, config, stage_objective(stage)[0], (0,), settings)
     return train_state.abstract_state(abstract(config, mesh), transformation)
-
-
-def _on(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """An abstract array whose first axis is the batch."""
-    place = rules.sharding(mesh, ("batch",) + (None,) * (len(shape) - 1), shape)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _cache(
-    config: DecoderConfig, settings: Settings, prompts: int, tokens: int, answers: int, mesh: Mesh
-) -> list[jax.ShapeDtypeStruct]:
-    """Keys and values of the prompts and of all answer tokens."""
-    found = []
-    for length in (tokens, answers):
-        shape = (config.layers, prompts, length, config.kv_heads, config.head_size)
-        place = rules.sharding(mesh, ("layers", "batch", "length", "kv_heads", "head_size"), shape)
-        found += [jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype), sharding=place)] * 2
-    return found

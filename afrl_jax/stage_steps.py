@@ -22,9 +22,7 @@ def stage_objective(stage: Stage) -> tuple[Objective, Coefficients]:
         return _rl_objective(stage)
     objective, weights = SFT, dict.fromkeys(TERMS, 1.0) | {"sft/ordinal": 0.0}
     if isinstance(stage, SFTStage):
-        weights = dict(
-            zip(TERMS, (stage.label_weight, stage.explanation_weight, stage.ordinal_weight), strict=True)
-        )
+        weights = dict(zip(TERMS, (stage.label_weight, stage.explanation_weight, stage.ordinal_weight), strict=True))
     elif isinstance(stage, DistillStage):
         objective = distill.make_objective(stage.temperature, stage.beta)
         shares = (stage.kl_share, 1 - stage.kl_share, stage.explanation_weight)

@@ -45,6 +45,17 @@ def objective(settings: Settings) -> Objective:
     return Objective(sums, whole.denominators)
 
 
+def row_shape(settings: Settings) -> RowShape:
+    """The row of one context and its group of rewrites."""
+    return RowShape(
+        tokens=settings.grpo.row_tokens,
+        targets=settings.grpo.group * settings.rewriter.max_new_tokens,
+        labels=1,
+        token_values=(*SFT_VALUES, *TOKEN_VALUES),
+        label_values=(("label_unit", ()), ("label_gold", (1,)), ("exact_unit", ()), ("label_reward", (1,))),
+    )
+
+
 class RolloutSource:
     """Draws the batch of a step from the current policy and rewards it; follows from (seed, step, policy) alone."""
 
@@ -65,13 +76,7 @@ class RolloutSource:
             inputs.format, inputs.shape, max_new_tokens=answer, prompt_tokens=inputs.prompt_tokens,
             rows=settings.grpo.rows, dtype=settings.dtype, mesh=inputs.mesh,
         )  # fmt: skip
-        self._shape = RowShape(
-            tokens=settings.grpo.row_tokens,
-            targets=settings.grpo.group * answer,
-            labels=1,
-            token_values=(*SFT_VALUES, *TOKEN_VALUES),
-            label_values=(("label_unit", ()), ("label_gold", (1,)), ("exact_unit", ()), ("label_reward", (1,))),
-        )
+        self._shape = row_shape(settings)
 
     def batch(self, state: TrainState, step: int) -> tuple[Batch, dict[str, float]]:
         """The rows of one step, one context each, and what is known of it on the host."""

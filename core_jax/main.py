@@ -6,6 +6,11 @@
   python -m core_jax.main --config=configs/core_quickstart.py --workdir=runs/other --config.mpo.weights="(1,0,0)"
       Any value of a config can be changed on the command line. core_jax/settings.py says which keys there are.
 
+  python -m core_jax.main --config=configs/core_qwen3.py --compile_for=v5e:4x4 [--mesh=auto] \\
+      --config.relevance=Qwen/Qwen3-0.6B
+      Runs nothing: compiles every step for that TPU slice, which need not be there, and says whether it fits, how long
+      a step takes and what limits it. A relevance model that is not there yet may go by the name of its shape.
+
 The relevance model is the folder that the config names (`--config.relevance=DIR`); where it is absent, the run that
 makes it is started first, if the config names one (`relevance_config`).
 
@@ -16,8 +21,8 @@ What is left in the workdir: report/report.html (figures and plots), export/ (th
 (every step), config.json; where the config simulates weekly redeploys, weeks/ with a page for every Monday, registry/
 and the store of rewrites, see core_jax/weekly.py and `python -m core_jax.registry --help`.
 
-Exit status: 0 done; 1 the run failed; 2 the command, the config or the data are wrong, said before any work is done;
-75 start it again: SIGTERM came and the step is saved; 130 it was stopped (Ctrl-C).
+Exit status: 0 done; 1 the run failed, or the plan does not fit; 2 the command, the config or the data are wrong, said
+before any work is done; 75 start it again: SIGTERM came and the step is saved; 130 it was stopped (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from typing import Any
 
 from lm_jax.config_file import read_config
 from lm_jax.host_memory import keep_freed_memory
+from lm_jax.plan_arguments import add_plan_arguments, check_plan_arguments, end_with_plan
 from lm_jax.program import before_jax, end_at_once_when_stopped, ending_as_told, join_run, use_kernels
 
 
@@ -44,16 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the experiment, a file in configs/")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="where the run lives, or goes on")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the run lives, or goes on")
+    add_plan_arguments(parser)
     parsed, overrides = parser.parse_known_args(arguments)
+    check_plan_arguments(parser, parsed)
     try:
         config = read_config(parsed.config, overrides)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if parsed.compile_for:
+        _plan(parser, config, parsed)
+        return
     before_jax()
     keep_freed_memory()
     end_at_once_when_stopped()
     _run(parser, config, parsed.workdir)
+
+
+def _plan(parser: argparse.ArgumentParser, config: Mapping[str, Any], parsed: argparse.Namespace) -> None:
+    from core_jax.plan import programs
+    from core_jax.settings import read_settings
+
+    end_with_plan(parser, parsed, config, read_settings, programs)
 
 
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:

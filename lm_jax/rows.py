@@ -87,9 +87,7 @@ def plan_rows(
         order = random.permutation(len(group.branches))
         chosen: list[int] = []
         for branch in order.tolist():
-            if chosen and (
-                len(chosen) == branches_together or not shape.fits(*_size(group, [*chosen, branch]))
-            ):
+            if chosen and (len(chosen) == branches_together or not shape.fits(*_size(group, [*chosen, branch]))):
                 pieces.append((index, tuple(chosen)))
                 chosen = []
             chosen.append(branch)

@@ -14,9 +14,11 @@ from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # What core_jax sees of afrl_jax: its public face, and what both recipes need - the built-in world and the readers, how
-# a document is shown, two objectives, ranking metrics, the service's errors and style, the command lines' manners.
+# a document is shown, two objectives, ranking metrics, the service's errors and style, the command lines' manners, what
+# scoring costs on a slice.
 FACE = (
-    "scoring", "schema", "data", "answer_format", "sft", "stepwise_grpo", "ranking_metrics", "serve", "command_line"
+    "scoring", "schema", "data", "answer_format", "sft", "stepwise_grpo", "ranking_metrics", "serve", "command_line",
+    "plan",
 )  # fmt: skip
 # The floors below each package; kernels import jax alone, configs nothing.
 BELOW = {

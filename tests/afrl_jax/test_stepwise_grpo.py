@@ -253,9 +253,9 @@ def test_kl_is_k3_over_the_tokens_of_answers_alone():
     batch = batch_of(branches) | {name: x for name, x in batch.items() if x.shape[1] == len(logprob)}
     reference = np.concatenate([old[i, :length] for i, length in enumerate(lengths)] + [[0.0]])[None]
     batch["reference_logprob"] = reference  # the last token is no answer's, and e^800 is infinite
-    loss = jax.value_and_grad(
-        lambda x: loss_of(make_objective(kl=True), batch, x, {"policy": 0.0, "kl": 1.0})
-    )(jnp.array(logprob))
+    loss = jax.value_and_grad(lambda x: loss_of(make_objective(kl=True), batch, x, {"policy": 0.0, "kl": 1.0}))(
+        jnp.array(logprob)
+    )
     expected = 0.0
     for i, length in enumerate(lengths):
         difference = old[i, :length] - new[i, :length]

@@ -26,9 +26,7 @@ def finished(ideal, sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evolved")
     references = {"full rulebook": clips_rulebooks.full_rulebook()}
     base = clips_rulebooks.base_instruction()
-    return folder, evolve_instruction(
-        ideal, base, sets, SETTINGS, folder, references=references, second=read_the_words
-    )
+    return folder, evolve_instruction(ideal, base, sets, SETTINGS, folder, references=references, second=read_the_words)
 
 
 def test_missing_rules_are_found_and_random_edits_find_less(finished):
