@@ -36,11 +36,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def core_config(relevance: Path, seed: int, smoke: bool) -> dict[str, Any]:
-    """The rewriter's quickstart, without redeploys, against that relevance model."""
+def core_config(relevance: Path, start: Path, seed: int, smoke: bool) -> dict[str, Any]:
+    """The rewriter's quickstart, without redeploys, against that relevance model; both start from one SFT model."""
     name = "core_smoke.py" if smoke else "core_quickstart.py"
     config = read_config(studies.CONFIGS / name, [])
-    return {**config, "seed": seed, "relevance": str(relevance), "relevance_config": "", "weekly": {"weeks": 0}}
+    rewriter = {**config["rewriter"], **({} if smoke else {"source": str(start)})}
+    changed = {"seed": seed, "relevance": str(relevance), "relevance_config": "", "weekly": {"weeks": 0}}
+    return {**config, **changed, "rewriter": rewriter}
 
 
 def hacking(evaluated: Evaluated) -> dict[str, float]:
@@ -103,7 +105,8 @@ def main() -> None:
             studies.run(mode_balance.arm_config(arm, seed, start, parsed.smoke), relevance)
             before, after = studies.predictions_of(start, "sft"), studies.predictions_of(relevance, "rl")
             columns = mode_balance.measured(after, before, frequency, None)
-            config = core_config((relevance / "export").resolve(), seed, parsed.smoke)
+            exported = [(folder / "export").resolve() for folder in (relevance, start)]
+            config = core_config(*exported, seed, parsed.smoke)
             phases[name].append(rewriter_figures(config, parsed.workdir / f"rewriter_{name}" / f"seed{seed}"))
             found[name].append({**columns, **phases[name][-1][-1]})
     rows = [[arm, *(studies.cell([s[key] for s in seeds]) for key in COLUMNS.values())] for arm, seeds in found.items()]

@@ -9,7 +9,7 @@ rewrites: {"format": "clips", "split": "train", "week": 0, "sessions": 8000}    
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from core_jax.schema import Context, SearchSession
 from core_jax.session_reader import RewriteExample, read_rewrites, read_sessions
 from core_jax.sessions import SimulatedSession, simulate
 from core_jax.settings import Settings, TrainSettings
+from lm_jax import run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.rows import Branch, Group
 from lm_jax.shape import shape_from_fields
@@ -106,7 +107,7 @@ def open_sessions(source: Mapping[str, Any], seed: int) -> Sessions:
     kind = arguments.pop("format", None)
     truth: list[SimulatedSession] = []
     if kind == "clips":
-        truth = list(simulate(seed, count=arguments.pop("sessions"), **arguments))
+        truth = list(_simulated(arguments, seed))
         found = [each.session for each in truth]
     elif kind == "log":
         found = read_sessions(**arguments)
@@ -118,12 +119,19 @@ def open_sessions(source: Mapping[str, Any], seed: int) -> Sessions:
     return Sessions(kept, [each for each in truth if each.session.has_contrast], len(found) - len(kept))
 
 
+def _simulated(arguments: dict[str, Any], seed: int) -> Iterator[SimulatedSession]:
+    if "sessions" not in arguments:
+        raise ValueError("sessions: how many of them is to be said")
+    count = arguments.pop("sessions")
+    return run_log.progress(simulate(seed, count=count, **arguments), "simulating sessions", count)
+
+
 def open_rewrites(source: Mapping[str, Any], seed: int) -> list[RewriteExample]:
     """The supervised examples of a source."""
     arguments = dict(source)
     kind = arguments.pop("format", None)
     if kind == "clips":
-        simulated = simulate(seed, count=arguments.pop("sessions"), **arguments)
+        simulated = _simulated(arguments, seed)
         examples = [RewriteExample(each.session.context, each.next_query) for each in simulated if each.next_query]
     elif kind == "table":
         examples = read_rewrites(**arguments)

@@ -65,7 +65,8 @@ class Registry:
         Raises:
             RegistryError: no version, or more than one, begins so.
         """
-        found = sorted(path for path in self._versions.glob(f"{version}*") if not path.name.startswith("."))
+        digests = [path for path in self._versions.iterdir() if not path.name.startswith(".")]
+        found = [path for path in digests if path.name.startswith(version)]
         if len(found) != 1 or not version:
             raise RegistryError(f"{version!r} begins {len(found)} versions in {self._versions}")
         return found[0]
@@ -83,12 +84,13 @@ class Registry:
             version = content_digest(partial)
             if (self._versions / version).exists():
                 shutil.rmtree(partial)
-                return version
-            for path in (*partial.rglob("*"), partial):
-                _flush(path)
-            partial.rename(self._versions / version)
-            _flush(self._versions)
-            self._record("publish", who, why, None, version, figures)
+            else:
+                for path in (*partial.rglob("*"), partial):
+                    _flush(path)
+                partial.rename(self._versions / version)
+                _flush(self._versions)
+            if not any(record["action"] == "publish" and record["to"] == version for record in self.history()):
+                self._record("publish", who, why, None, version, figures)
             return version
 
     def verify(self, version: str) -> Path:
@@ -151,12 +153,16 @@ class Registry:
         """The log, oldest first: time, action, who, why, from, to, figures. A last line that a kill cut short is none.
 
         Raises:
-            RegistryError: a line was changed or taken out, by its number.
+            RegistryError: a line that is not the last was changed or taken out, or one is no record, by its number.
         """
         records, before = [], ""
         for number, line in enumerate(self._lines(), start=1):
-            record = json.loads(line)
-            if record["previous"] != before:
+            try:
+                record = json.loads(line)
+                previous = record["previous"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise RegistryError(f"{self._audit}:{number}: no record of a move: {error!r}") from error
+            if previous != before:
                 raise RegistryError(f"{self._audit}:{number}: the line before it is not the one it was written after")
             records.append(record)
             before = hashlib.sha256(line).hexdigest()
@@ -174,13 +180,22 @@ class Registry:
             yield
 
     def _promoted(self) -> list[str]:
-        """Versions in the order they became production, without those that were rolled back."""
+        """Versions in the order they became production, without those that were rolled back.
+
+        Promoting what is in production already changes nothing, and a move that a kill kept from happening is undone.
+        """
         stack: list[str] = []
+        before: list[str] = []
         for record in self.history():
-            target = record["to"]
-            if record["action"] == "promote":
-                stack.append(target)
-            elif record["action"] in MOVES:
+            action, target = record["action"], record["to"]
+            if action not in MOVES:
+                continue
+            last, before = before, list(stack)
+            if action == "recovered" and last[-1:] == [target]:
+                stack = last
+            elif action == "promote":
+                stack += [target] if stack[-1:] != [target] else []
+            else:
                 while stack and stack[-1] != target:
                     stack.pop()
                 stack += [target] if target and not stack else []
@@ -245,8 +260,10 @@ def golden_self_test(folder: Path) -> None:
     from afrl_jax.scoring import RelevanceModel
     from core_jax import rewriter
 
-    if (folder / rewriter.NAME).exists():
+    if (file := folder / rewriter.NAME).exists():
         rewriter.Rewriter.load(folder)
+        if not json.loads(file.read_text(encoding="utf-8"))["golden"]:
+            raise ValueError("the folder brings no golden contexts")
     elif not RelevanceModel.load(folder).version:
         raise ValueError("the folder brings no golden inputs")
 

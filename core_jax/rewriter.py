@@ -3,7 +3,8 @@
     <folder>/            Hugging Face causal model: config.json, model.safetensors, tokenizer, generation_config.json
     <folder>/rewriter.json   how to ask it: template, lengths, digests, golden contexts with the rewrites they got
 
-Loading rewrites the golden contexts again and refuses a folder that does not repeat them.
+Loading measures the golden rewrites again, in float32 what was measured in float32 at export, and refuses a folder that
+does not find them as likely as it did, or whose weights have another digest.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _LENGTHS = 32  # prompts and rewrites are padded to multiples, so that few shape
 
 
 class GoldenMismatch(ValueError):
-    """A rewriter's folder does not rewrite its golden contexts as it did when it was exported."""
+    """A rewriter's folder does not find its golden rewrites as likely as it did when it was exported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,9 @@ class Rewriter:
         """Read an exported folder.
 
         Raises:
-            GoldenMismatch: it does not rewrite its golden contexts as it did.
-            ValueError: rewriter.json is missing or of another version, or its template is not the one it was sealed by.
+            GoldenMismatch: it does not find its golden rewrites as likely as it did.
+            ValueError: rewriter.json is missing or of another version, or template or weights are not those that it
+                names.
         """
         folder = Path(folder)
         file = folder / NAME
@@ -93,6 +95,8 @@ class Rewriter:
         template = Template(**description["template"])
         if template.checksum != description["template_checksum"]:
             raise ValueError(f"{file}: the template does not have its checksum: prompts would not be those of training")
+        if (digest := weights_digest(folder)) != description["weights_digest"]:
+            raise ValueError(f"{file}: weights_digest is {description['weights_digest']}, the weights' is {digest}")
         format = RewriteFormat(
             Tokenizer.load(folder), template=template, max_watched_tokens=description["max_watched_tokens"]
         )
@@ -114,8 +118,11 @@ class Rewriter:
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         export_weights(partial, self.config, self.parameters, self.format.tokenizer)
-        rewrites = self.rewrite_tokens(golden)
-        figures = self.measure(golden, rewrites)
+        exact = Rewriter(
+            self.config, self.parameters, self.format, max_new_tokens=self.max_new_tokens, rows=self._rows
+        )  # in float32, whatever this one computes in
+        rewrites = exact.rewrite_tokens(golden)
+        figures = exact.measure(golden, rewrites)
         description = {
             "format_version": FORMAT_VERSION,
             "template": dataclasses.asdict(self.format.template),
@@ -170,7 +177,7 @@ class Rewriter:
         return TokenFigures(*found)
 
     def check_golden(self, golden: Sequence[Mapping[str, Any]], source: str | Path) -> None:
-        """Rewrite the golden contexts again; bf16 compute is allowed its rounding.
+        """Measure the golden rewrites again; bf16 compute is allowed its rounding.
 
         Raises:
             GoldenMismatch: names the context and what differs.

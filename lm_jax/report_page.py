@@ -55,6 +55,7 @@ a {{ color: var(--link); }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }}
 dd {{ margin: 0; overflow-wrap: anywhere; }}
 .wide {{ overflow-x: auto; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .4rem .8rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }}
 th {{ font-weight: 600; white-space: nowrap; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ class LexicalRecall:
     def __init__(self, documents: Sequence[Document]):
         import bm25s  # it starts JAX where that is installed: not before JAX has been configured
 
+        logging.getLogger("bm25s").setLevel(logging.INFO)  # it says at DEBUG what it does, and sets that level itself
         self._documents = list(documents)
         self._index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
         self._index.index([words(document_text(document)) for document in self._documents], show_progress=False)

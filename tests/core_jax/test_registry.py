@@ -83,6 +83,30 @@ def test_an_old_version_promoted_again_rolls_back_to_what_was_there_before(of, t
     assert of.rollback(**WHO) == second
 
 
+def test_promoting_what_is_in_production_already_keeps_the_way_back(of, tmp_path):
+    first, second = published(of, tmp_path, "first", "second")
+    for version in (first, second, second):
+        of.promote(version, **WHO)
+    assert of.rollback(**WHO) == first
+    with pytest.raises(RegistryError, match="no version was in production before"):
+        of.rollback(**WHO)
+
+
+@pytest.mark.parametrize("name", ["/etc", "../audit", "*", "[0-9a-f]"])
+def test_a_version_is_no_path_and_no_pattern(of, tmp_path, name):
+    published(of, tmp_path, "first")
+    with pytest.raises(RegistryError, match="begins 0 versions"):
+        of.promote(name, **WHO)
+
+
+def test_a_line_that_is_no_record_is_told_by_its_number(of, tmp_path):
+    published(of, tmp_path, "first", "second")
+    log = of.folder / "audit.jsonl"
+    log.write_bytes(log.read_bytes() + b"null\n")
+    with pytest.raises(RegistryError, match=r"audit\.jsonl:3: no record of a move"):
+        of.history()
+
+
 def test_what_does_not_verify_does_not_move_the_pointer(of, tmp_path):
     first, second, broken = published(of, tmp_path, "first", "second", "broken")
     of.promote(first, **WHO)
