@@ -3,7 +3,7 @@
     python -m core_jax.main --config=configs/core_qwen3.py --workdir=DIR --config.relevance=EXPORT \\
         --config.data_root=DATA
 
-Hardware: a TPU slice of 16 chips; DIR lies on a disk that its hosts share, weights come from the Hugging Face hub. It
+Hardware: one host with 8 TPU chips, such as v5e:2x4 or v6e:2x4; weights come from the Hugging Face hub. It
 was never run: no such hardware was at hand, so there are no times and no scores here.
 
 EXPORT is the model folder that afrl_jax left; DATA holds train.jsonl and next_week.jsonl (sessions) and rewrites.jsonl
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             "relevance": "export",
             "dtype": "bfloat16",
             "remat": "full",
-            "mesh": "fsdp=16",
+            "mesh": "fsdp=8",
             "rewriter": {"source": "Qwen/Qwen3-1.7B", "max_watched_tokens": 256, "max_new_tokens": 48},
             "data": {
                 "train": {"format": "log", "path": root + "/train.jsonl"},

@@ -108,7 +108,9 @@ def evaluate(rewriter: Rewriter, held_out: Sessions, relevance: Relevance, setti
         "share_clipped": ours.clipped,
         "identity": [_same(rewrite.text, original.text) for rewrite, original in pairs],
         "copies_title": [
-            np.nan if c.watched is None or not c.watched.title else _same(c.watched.title, rewrite.text, inside=True)
+            np.nan
+            if c.watched is None or not one_line(c.watched.title)
+            else _same(c.watched.title, rewrite.text, inside=True)
             for c, rewrite in zip(contexts, rewrites, strict=True)
         ],
         "length": [rewrite.length for rewrite in rewrites],

@@ -7,7 +7,9 @@ nearly every good candidate, and of seven coins an unchanged one still passes wi
 
 - superiority on the log ratio: the one-sided 95% bound of the difference lies above 0;
 - non-inferiority on the rest: the bound of the difference stays inside its margins. Entropy, surprisal and length have
-  margins on both sides, for a rewriter that always says the same is as broken as one that babbles.
+  margins on both sides, for a rewriter that always says the same is as broken as one that babbles. Of a share that is
+  0 in the sample every resample is 0 too, so the bounds of shares are at least as wide as those of Agresti and Min
+  (2005) for paired shares, over as many pairs as there are queries.
 
 A candidate must pass all of them, so a candidate that truly fails one passes with probability at most 5%, whatever the
 others do (an intersection-union test; nothing to correct for). Its price, clean candidates blocked, is measured:
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,6 +38,7 @@ METRICS: Mapping[str, str] = {
     "length": "tokens of a rewrite",
     "truncated": "share of rewrites cut off",
 }
+SHARES = ("truncated",)  # of the metrics, those that are 0 or 1 of each context
 FLOOR = 0.02  # of a relevance, as in the reward
 
 
@@ -70,6 +74,7 @@ class Measurements:
         length: np.ndarray,
         truncated: np.ndarray,
         gamma: float = 0.5,
+        floor: float = FLOOR,
     ) -> Measurements:
         """From what was seen of each context, all [N].
 
@@ -80,10 +85,10 @@ class Measurements:
             surprisal: mean -log p a token, in nats, under a frozen language model, the same for both rewriters.
             length: in tokens.
             truncated: whether the rewrite reached its token limit.
-            gamma: as in the ratio reward.
+            gamma, floor: as in the ratio reward.
         """
         log_positive, log_negative, log_random = (
-            np.log(np.maximum(np.asarray(relevance, float), FLOOR)) for relevance in (positive, negative, random)
+            np.log(np.maximum(np.asarray(relevance, float), floor)) for relevance in (positive, negative, random)
         )
         values = {
             "log_ratio": (1 + gamma) * log_positive - log_negative,
@@ -132,7 +137,8 @@ GATE = Gate(
         Criterion("surprisal", above=-0.5, below=0.5, relative=True),
         Criterion("length", above=-0.5, below=0.25, relative=True),
         Criterion("truncated", below=0.02),
-    )
+    ),
+    least_queries=100,  # fewer cannot show that a share lies below 2%
 )
 REWARD_ONLY = Gate((Criterion("log_ratio", above=0.0),))
 # As it is told of CoRe: every point estimate goes the right way; of a rate that is 0 already, not the wrong way.
@@ -222,6 +228,9 @@ def decide(
             drawn = multiplicity @ np.bincount(cluster, after - before) / drawn_contexts
             # Two one-sided bounds: a central interval that leaves out 1 - confidence at each end.
             low, high = interval(difference, drawn, 2 * gate.confidence - 1)
+            if criterion.metric in SHARES:
+                least = paired_shares(before, after, len(names), gate.confidence)
+                low, high = min(low, least[0]), max(high, least[1])
         above, below = criterion.margins(means[0])
         reason = ""
         if not low > above:
@@ -237,6 +246,22 @@ def decide(
         len(names),
         f"{len(names)} queries are too few to judge, {gate.least_queries} are needed" if few else "",
     )
+
+
+def paired_shares(before: np.ndarray, after: np.ndarray, pairs: int, confidence: float) -> tuple[float, float]:
+    """One-sided bounds of the difference of two paired shares by Agresti and Min (2005): the adjusted Wald interval,
+    half an observation added to each cell of the 2 x 2 table.
+
+    Args:
+        before, after: 0 or 1 of each context.
+        pairs: how many independent pairs they are worth.
+    """
+    gained, lost = (pairs * float(np.mean(a > b)) + 0.5 for a, b in ((after, before), (before, after)))
+    total = pairs + 2
+    difference = (gained - lost) / total
+    error = math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
+    half = statistics.NormalDist().inv_cdf(confidence) * error
+    return difference - half, difference + half
 
 
 class Outcome(NamedTuple):

@@ -30,7 +30,7 @@ COEFFICIENTS = {"policy": 1.0, "exact": 0.0, "sft/label": 0.0, "sft/explanation"
 def steps_of_budget(settings: Settings, sessions: int) -> int:
     """Steps that ask for as many rewards as MPO's phases: contexts x rewrites, phase after phase."""
     phases = settings.phases
-    rewards = phases.count * (phases.contexts or sessions) * phases.rewrites
+    rewards = phases.count * min(phases.contexts or sessions, sessions) * phases.rewrites
     return max(1, rewards // (settings.grpo.rows * settings.grpo.group))
 
 
@@ -90,8 +90,9 @@ class RolloutSource:
             for of_prompt in zip(drawn.tokens, drawn.lengths, strict=True)
         ]
         rewards = score_rewrites(sessions, read, self._relevance, reward)
-        # A truncated rewrite is worth what the worst possible one is.
-        worst = np.log(reward.low) if reward.form == "ratio" else -1.0
+        # A truncated rewrite is worth what the worst one as long as that may be.
+        longer = max(0, self._settings.rewriter.max_new_tokens - reward.free_length) / reward.length_scale
+        worst = (np.log(reward.low) if reward.form == "ratio" else -1.0) - longer
         values_PG = np.where(np.isfinite(rewards.value), rewards.value, worst).reshape(grpo.rows, grpo.group)
         rows = []
         for place, prompt in enumerate(prompts):

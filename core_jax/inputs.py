@@ -89,7 +89,7 @@ def open_inputs(settings: Settings) -> Inputs:
         examples = _named(f"rewrites.{name}", open_rewrites, settings.rewrites[name], settings.seed)
         supervised[name] = example_groups(format, examples, rewriter.max_new_tokens)
     lengths = [len(prompt) for prompt in format.encode_prompts([*training.contexts, *held_out.contexts])]
-    _check_rows(settings, max(lengths), supervised)
+    check_rows(settings, settings.arm, max(lengths), supervised)
     prompt_tokens = -(-max(lengths) // PADDING) * PADDING
     return Inputs(training, held_out, supervised, format, shape, mesh, prompt_tokens, min(lengths))
 
@@ -173,10 +173,14 @@ def _check_batches(settings: Settings, mesh: Mesh | None) -> None:
             raise ValueError(f"{key} is {rows}, which the mesh's {parts} parts of a batch must divide")
 
 
-def _check_rows(settings: Settings, longest_prompt: int, supervised: Mapping[str, list[Group]]) -> None:
-    """The longest pair, group or example of a stage must fit into its rows."""
-    answers = {"mpo": 2, "grpo": settings.grpo.group}[settings.arm]
-    needed = {settings.arm: longest_prompt - 1 + answers * settings.rewriter.max_new_tokens}
+def check_rows(settings: Settings, arm: str, longest_prompt: int, supervised: Mapping[str, list[Group]]) -> None:
+    """The longest pair, group or example of a stage must fit into its rows.
+
+    Raises:
+        ValueError: names the key.
+    """
+    answers = {"mpo": 2, "grpo": settings.grpo.group}[arm]
+    needed = {arm: longest_prompt - 1 + answers * settings.rewriter.max_new_tokens}
     if supervised:
         needed["supervised"] = max(len(g.branches[0].inputs) for groups in supervised.values() for g in groups)
     for name, tokens in needed.items():

@@ -77,16 +77,25 @@ def _plan(parser: argparse.ArgumentParser, config: Mapping[str, Any], parsed: ar
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:
     # Imported here, so that --help and a mistyped argument answer at once.
     join_run(parser)
+    import jax
+
     from core_jax.phases import NoPairs
     from core_jax.recipe import Recipe
     from core_jax.settings import Settings, read_settings
     from core_jax.weekly import Weekly
+
+    if jax.process_count() > 1:
+        parser.exit(
+            2, f"error: {jax.process_count()} processes: a rewriter is trained by one, with all of its devices\n"
+        )
 
     def make_relevance(settings: Settings) -> None:
         """Run the AFRL recipe whose export the config expects, as its own program."""
         folder = Path(settings.relevance)
         if folder.exists() or not settings.relevance_config:
             return
+        if folder.name != "export":
+            raise ValueError(f"relevance: {folder} is absent; a run of relevance_config leaves its model in .../export")
         command = [sys.executable, "-m", "afrl_jax.main", f"--config={settings.relevance_config}"]
         made = subprocess.run([*command, f"--workdir={folder.parent}"])
         if made.returncode:
@@ -97,12 +106,13 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
         use_kernels(settings.kernels)
         make_relevance(settings)
         recipe = Recipe(settings, config, workdir)
+        weekly = Weekly(recipe) if settings.weekly.weeks else None
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     with ending_as_told(parser, NoPairs, ConnectionError):
         recipe()
-        if settings.weekly.weeks:
-            Weekly(recipe)()
+        if weekly:
+            weekly()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from lm_jax import optimizer, run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.rows import Group, RowShape, plan_rows, render_row, stack
-from lm_jax.run_folder import RunFolder
+from lm_jax.run_folder import RunFolder, write_atomically
 from lm_jax.train_loop import fit
 from sharding.distributed import place_batch
 
@@ -273,13 +273,15 @@ def _read_journal(file: Path, session_ids: Sequence[str], rows: int) -> Rewrites
     """The rewrites of the blocks of `rows` sessions that are on disk whole; what a kill cut short leaves the file."""
     if not file.exists():
         return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    found = file.read_text(encoding="utf-8")
+    lines = [f"{line}\n" for line in found.split("\n")[:-1]]
     if len(lines) < len(session_ids):
         lines = lines[: len(lines) - len(lines) % rows]
     records = [json.loads(line) for line in lines]
     if [record["session_id"] for record in records] != list(session_ids[: len(records)]):
         raise ValueError(f"{file} holds the rewrites of other sessions")
-    file.write_text("".join(lines), encoding="utf-8")
+    if (whole := "".join(lines)) != found:
+        write_atomically(file, whole)
     return [[np.array(tokens, np.int32) for tokens in record["rewrites"]] for record in records]
 
 

@@ -31,6 +31,7 @@ from lm_jax.token_loss import Objective
 from sharding.plan import Program
 
 WORDS = 64  # tokens of a prompt's task, query and slot
+SHORTEST = 16  # tokens of the shortest prompt, which decides how many rewrites a row must have room for
 QUERY, GRADES = 512, 4  # what the deployed relevance model reads before a document, and how many grades it tells apart
 DOCUMENT = 256  # tokens of a document
 
@@ -70,12 +71,15 @@ def _relevance(settings: Settings) -> DecoderConfig | None:
 def _prompt(settings: Settings, row_tokens: int, answers: int) -> int:
     """Tokens of a prompt, `answers` of whose rewrites share a row with it."""
     longest = settings.rewriter.max_watched_tokens + WORDS
-    return min(longest, row_tokens - answers * settings.rewriter.max_new_tokens)
+    room = row_tokens - answers * settings.rewriter.max_new_tokens
+    if room < SHORTEST:
+        raise ValueError(f"row_tokens: {row_tokens} has no room for a prompt with {answers} rewrites")
+    return min(longest, room)
 
 
 def _supervised(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
     stage, answer = settings.supervised, settings.rewriter.max_new_tokens
-    inputs = np.zeros(_prompt(settings, stage.row_tokens, 1) + answer - 1, np.int32)
+    inputs = np.zeros(SHORTEST + answer - 1, np.int32)
     group = Group(np.zeros(0, np.int32), [Branch(inputs, np.zeros(answer, np.int32), np.zeros(answer, np.int32))])
     shape = batches.sft_row_shape([group], stage.row_tokens, 1)
     return _update("start", stage, SFT, SFT_TERMS, shape, settings, config, mesh)
@@ -87,7 +91,7 @@ def _mpo(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Prog
     prompt = _prompt(settings, stage.row_tokens, 2)
     parameters = abstract(config, mesh)
     yield from _drawing("phase", settings, config, mesh, phases.rows, phases.rewrites, prompt, {"weights": parameters})
-    shape = mpo.row_shape(stage.row_tokens, prompt, settings.rewriter.max_new_tokens)
+    shape = mpo.row_shape(stage.row_tokens, SHORTEST, settings.rewriter.max_new_tokens)
     batch = {key: on_mesh(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, stage.rows).items()}
     yield Program(
         "phase: log-probs of the reference",

@@ -20,8 +20,10 @@ import numpy as np
 
 from afrl_jax.schema import Document, Query
 from afrl_jax.scoring import RelevanceModel
+from lm_jax import run_log
 
 Pair = tuple[str, Document]
+CHUNK = 16_384  # pairs that a kill costs at most
 
 
 class Relevance(Protocol):
@@ -53,21 +55,32 @@ class DeployedRelevance:
         self._cache.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
 
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Scores float64 [N]: the calibrated expected grade, one batch for all pairs that are new."""
+        """Scores float64 [N]: the calibrated expected grade; pairs that are new are scored and kept CHUNK by CHUNK.
+
+        Where chunks begin follows from `pairs` alone, so that after a kill the same pairs come together again.
+        """
         keys = [_key(self.version, query, document) for query, document in pairs]
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        known = {key: score for key in first if (score := self._look_up(key)) is not None}
-        missing = [key for key in first if key not in known]
-        if missing:
+        first: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
+        distinct, known, scored = list(first), {}, 0
+        starts = range(0, len(distinct), CHUNK)
+        for start in run_log.progress(starts, "scoring rewrites", len(starts)):
+            chunk = distinct[start : start + CHUNK]
+            known |= {key: score for key in chunk if (score := self._look_up(key)) is not None}
+            missing = [key for key in chunk if key not in known]
+            if not missing:
+                continue
             asked = [pairs[first[key]] for key in missing]
             scores = self._model.predict([(Query("", query), document) for query, document in asked])
             known |= dict(zip(missing, scores.tolist(), strict=True))
+            scored += len(missing)
             with self._cache:
                 self._cache.executemany(
                     "INSERT OR REPLACE INTO scores VALUES (?, ?)", [(key, known[key]) for key in missing]
                 )
-        self.scored += len(missing)
-        self.found += len(pairs) - len(missing)
+        self.scored += scored
+        self.found += len(pairs) - scored
         return np.array([known[key] for key in keys], np.float64)
 
     def _look_up(self, key: bytes) -> float | None:
@@ -95,7 +108,7 @@ class BM25Relevance:
         texts = [words(document_text(document)) for document in documents]
         self._count = len(texts)
         self._frequency = collections.Counter(word for text in texts for word in set(text))
-        self._mean_length = sum(map(len, texts)) / max(1, len(texts))
+        self._mean_length = sum(map(len, texts)) / max(1, len(texts)) or 1.0
 
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores float64 [N]."""

@@ -6,7 +6,9 @@ Rewrites are drawn at temperature 1 over the whole vocabulary, as the losses ass
 
 from __future__ import annotations
 
+import http.client
 import json
+import shlex
 import subprocess
 import time
 import urllib.error
@@ -115,8 +117,8 @@ class Server:
         url: up to and without "/v1".
         folder: exports go to folder/<name of the phase>; `transformers serve` must see the same path.
         export: (parameters, folder) -> None, writes the folder.
-        reload: a command run by the shell, {folder} in it replaced, for servers that hold one model; it returns when
-            the server is told, and the server is then waited for.
+        reload: a command run by the shell, {folder} in it replaced by the quoted path, for servers that hold one model;
+            it returns when no answer comes from the model before any more, and the server is then waited for.
         model: what requests name as their model where `reload` is given.
         patience: seconds until a server that does not answer is an error.
 
@@ -147,7 +149,9 @@ class Server:
         self._export(parameters, folder)
         self._model = str(folder)
         if self._reload:
-            subprocess.run(self._reload.replace("{folder}", str(folder)), shell=True, check=True)
+            command = self._reload.replace("{folder}", shlex.quote(str(folder)))
+            if status := subprocess.run(command, shell=True).returncode:
+                raise ConnectionError(f"sampler.reload: {command!r} ended with status {status}")
             self._model = self._named
         self._wait()
 
@@ -171,8 +175,12 @@ class Server:
             {"model": self._model, "prompt": prompt, "max_tokens": self._max_new_tokens, "temperature": 1.0,
              "top_p": 1.0, "seed": seed},
         )  # fmt: skip
-        choice = answer["choices"][0]
-        tokens = self._format.encode_rewrite(choice["text"], ended=choice["finish_reason"] == "stop")
+        try:
+            choice = answer["choices"][0]
+            text, ended = str(choice["text"]), choice["finish_reason"] == "stop"
+        except (KeyError, IndexError, TypeError) as error:
+            raise ConnectionError(f"{self._url}/v1/completions: an answer without {error}: {answer!r:.200}") from error
+        tokens = self._format.encode_rewrite(text, ended=ended)
         return tokens[: self._max_new_tokens]
 
     def _wait(self) -> None:
@@ -197,5 +205,5 @@ class Server:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise ConnectionError(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConnectionError(f"{self._url}{path}: {error}") from error

@@ -12,12 +12,14 @@ detectors), rewrites.sqlite and rewrites.key (the store that core_jax.serve read
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import secrets
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from core_jax.evaluation import Evaluated, evaluate
 from core_jax.gate import GATES, Measurements, Verdict
 from core_jax.gate_report import write_gate_report
 from core_jax.incidents import INCIDENTS, Incident
-from core_jax.inputs import PADDING, Inputs, Sessions, example_groups, open_sessions
+from core_jax.inputs import PADDING, Inputs, Sessions, check_rows, example_groups, open_sessions
 from core_jax.phases import NoPairs, Phase
 from core_jax.recipe import GOLDEN, START, Recipe, make_sampler
 from core_jax.registry import Registry, golden_self_test
@@ -83,9 +85,11 @@ class Weekly:
         """Sessions of a week, in all else like those that the run trained on."""
         like = dict(self.settings.data[self.settings.sessions])
         drift = self.settings.weekly.drift
-        return open_sessions(
-            like | {"split": split, "week": week, "sessions": count, "drift": drift}, self.settings.seed
-        )
+        source = like | {"split": split, "week": week, "sessions": count, "drift": drift}
+        try:
+            return open_sessions(source, self.settings.seed)
+        except ValueError as error:
+            raise ValueError(f"weekly: {error}") from error
 
     # --- one week --------------------------------------------------------------------------------------------------
 
@@ -183,6 +187,7 @@ class Weekly:
             length=values["length"],
             truncated=values["truncated"],
             gamma=self.settings.reward.gamma,
+            floor=self.settings.reward.floor,
         )
 
     @functools.cached_property
@@ -293,19 +298,24 @@ def _usable(evaluated: Evaluated) -> list[str | None]:
 
 def read_secret(file: Path) -> bytes:
     """The secret that seals a run's rewrites, made by the first who asks, readable by its owner alone."""
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return file.read_bytes()
-    with os.fdopen(descriptor, "wb") as opened:
-        opened.write(secrets.token_bytes(32))
+    if not file.exists():
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as written:  # nobody else reads it
+            written.write(secrets.token_bytes(32))
+            written.flush()
+            with contextlib.suppress(FileExistsError):  # made meanwhile: that one counts
+                os.link(written.name, file)
     return file.read_bytes()
 
 
 def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
-    """The run's inputs for prompts as long and as short as those of all weeks."""
+    """The run's inputs for prompts as long and as short as those of all weeks.
+
+    Raises:
+        ValueError: a pair of some week would not fit into a row.
+    """
     inputs = recipe.inputs
     lengths = [len(prompt) for each in some for prompt in inputs.format.encode_prompts(each.contexts)]
+    check_rows(recipe.settings, "mpo", max(lengths), {})
     longest = -(-max(lengths) // PADDING) * PADDING
     return dataclasses.replace(
         inputs,

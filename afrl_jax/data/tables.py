@@ -124,11 +124,19 @@ class Row:
         for field, value in self.values.items():
             if field in known or value is None:
                 continue
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if not all(isinstance(part, (str, bool, int, float, datetime.date)) for part in parts):
+            text = as_text(value)
+            if text is None:
                 raise self.error(field, f"must be text, a number, a date or a list of these, got {value!r}")
-            others[field] = ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+            others[field] = text
         return others
+
+
+def as_text(value: Any) -> str | None:
+    """A field's value as text, lists joined with commas; None where it is nested."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(part, (str, bool, int, float, datetime.date)) for part in parts):
+        return None
+    return ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
 
 
 def find_table(folder: Path, name: str, problems: Problems) -> Path | None:

@@ -115,7 +115,12 @@ class Engine:
             finally:
                 self._readers.release()
 
-        threading.Thread(target=read, daemon=True).start()
+        try:
+            threading.Thread(target=read, daemon=True).start()
+        except RuntimeError as error:  # the system has no thread to give
+            self._readers.release()
+            reason = f"store: {type(error).__name__}"
+            return lambda: Found(None, reason)
 
         def wait() -> Found:
             with clock.stage("store"):

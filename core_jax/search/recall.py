@@ -36,7 +36,10 @@ class LexicalRecall:
         logging.getLogger("bm25s").setLevel(logging.INFO)  # it says at DEBUG what it does, and sets that level itself
         self._documents = list(documents)
         self._index = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
-        self._index.index([words(document_text(document)) for document in self._documents], show_progress=False)
+        texts = [words(document_text(document)) for document in self._documents]
+        self._empty = not any(texts)
+        if not self._empty:
+            self._index.index(texts, show_progress=False)
 
     def search(self, text: str, k: int) -> list[Hit]:
         """Documents that share a word with the text."""
@@ -44,7 +47,7 @@ class LexicalRecall:
 
     def scores(self, text: str) -> np.ndarray:
         """BM25 of every document, float32 [D]."""
-        known = [word for word in words(text) if word in self._index.vocab_dict]
+        known = [] if self._empty else [word for word in words(text) if word in self._index.vocab_dict]
         return self._index.get_scores(known) if known else np.zeros(len(self._documents), np.float32)
 
 

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from afrl_jax.data.tables import as_text
 from afrl_jax.schema import Document
 from core_jax.search.recall import Hit
 
@@ -57,11 +58,11 @@ class OpenSearchRecall:
         Raises:
             RemoteError: the search timed out on the server, failed on some of its shards, or has no hits.
         """
-        if response.get("timed_out") or response.get("_shards", {}).get("failed"):
-            raise RemoteError(f"{self._url}: a part of the index did not answer")
         try:
+            if response.get("timed_out") or response.get("_shards", {}).get("failed"):
+                raise RemoteError(f"{self._url}: a part of the index did not answer")
             return [Hit(document(hit["_id"], hit["_source"]), float(hit["_score"])) for hit in response["hits"]["hits"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise RemoteError(f"{self._url}: a response without {error}") from error
 
     def search(self, text: str, k: int) -> list[Hit]:
@@ -109,30 +110,28 @@ class VespaRecall:
         Raises:
             RemoteError: the response tells of errors, or covers a part of the documents only.
         """
-        root = response.get("root", {})
-        if root.get("errors") or not root.get("coverage", {}).get("full", True):
-            raise RemoteError(f"{self._url}: {root.get('errors') or 'a part of the documents did not answer'}")
         try:
+            root = response.get("root", {})
+            if root.get("errors") or not root.get("coverage", {}).get("full", True):
+                raise RemoteError(f"{self._url}: {root.get('errors') or 'a part of the documents did not answer'}")
             found = [(hit["id"], hit["fields"], hit["relevance"]) for hit in root.get("children", ())]
-        except (KeyError, TypeError) as error:
-            raise RemoteError(f"{self._url}: a hit without {error}") from error
-        # id:namespace:schema:key:doc_id, unless the summary brings one of its own
-        return [Hit(document(uri.split(":", 4)[-1], fields), float(score)) for uri, fields, score in found]
+            # id:namespace:schema:key:doc_id, unless the summary brings one of its own
+            return [Hit(document(uri.split(":", 4)[-1], fields), float(score)) for uri, fields, score in found]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RemoteError(f"{self._url}: a response without {error}") from error
 
     def search(self, text: str, k: int) -> list[Hit]:
         return self.hits(_post(self._url, self.request(text, k), self._headers, self._timeout))
 
 
 def document(doc_id: str, source: Mapping[str, Any]) -> Document:
-    """A stored record as a document: title, text, and every other plain field as text; `doc_id` in it counts."""
-    fields = {
-        name: str(value)
-        for name, value in source.items()
-        if name not in ("doc_id", "title", "text", "sddocname", "documentid") and isinstance(value, str | int | float)
-    }
-    return Document(
-        str(source.get("doc_id", doc_id)), str(source.get("title", "")), str(source.get("text", "")), fields
-    )
+    """A stored record as a document, as a table's row would be: title, text, and every other field that is not nested.
+
+    `doc_id` in it counts.
+    """
+    texts = {name: text for name, value in source.items() if value is not None and (text := as_text(value)) is not None}
+    own = {name: texts.pop(name, "") for name in ("doc_id", "title", "text", "sddocname", "documentid")}
+    return Document(own["doc_id"] or doc_id, own["title"], own["text"], texts)
 
 
 def _post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout: float) -> Any:

@@ -27,7 +27,7 @@ CONSUMPTIONS = {"original": ORIGINAL, "finerank": LAUNCH_A, "all": LAUNCH_B}
 class Watched(pydantic.BaseModel):
     """The document watched before the query."""
 
-    doc_id: str = pydantic.Field(max_length=200)
+    doc_id: str = pydantic.Field(min_length=1, max_length=200)
     title: str = pydantic.Field("", max_length=1000)
     text: str = pydantic.Field("", max_length=50_000)
     fields: dict[str, str] = {}

@@ -8,12 +8,23 @@ import pytest
 from scipy import stats
 
 from core_jax import gate
-from core_jax.gate import GATE, METRICS, Criterion, Gate, Measurements, Outcome, decide, detector, rate
+from core_jax.gate import (
+    GATE,
+    METRICS,
+    Criterion,
+    Gate,
+    Measurements,
+    Outcome,
+    decide,
+    detector,
+    paired_shares,
+    rate,
+)
 
 GOOD = {"positive": 0.6, "negative": 0.4, "random": 0.2, "entropy": 1.5, "surprisal": 3.0, "length": 6, "truncated": 0}
 
 
-def measured(contexts=200, queries=50, seed=0, noise=0.05, **changes) -> Measurements:
+def measured(contexts=200, queries=100, seed=0, noise=0.05, **changes) -> Measurements:
     """Sessions that are alike but for a small difference by query, the same in all calls with one seed."""
     rng = np.random.default_rng(seed)
     cluster = np.arange(contexts) % queries
@@ -143,7 +154,22 @@ def test_too_few_queries_promote_nobody():
     before, after = measured(queries=10), measured(queries=10, positive=0.9)
     verdict = decide(before, after)
     assert not verdict.promote and "10 queries are too few" in verdict.reasons[0]
-    assert decide(before, after, dataclasses.replace(GATE, least_queries=10)).promote
+    criteria = GATE.criteria[:-1]  # of a share 10 queries say little, whatever their number may be
+    assert decide(before, after, dataclasses.replace(GATE, criteria=criteria, least_queries=10)).promote
+
+
+def test_a_share_that_was_never_seen_is_not_known_to_be_0():
+    nothing = np.zeros(100)
+    # Half a pair in each cell of the table: 1.645 sqrt(1 - 0) / (n + 2).
+    assert paired_shares(nothing, nothing, 100, 0.95) == pytest.approx((-1.6449 / 102, 1.6449 / 102), rel=1e-4)
+    once = np.array([1.0] + [0.0] * 99)
+    low, high = paired_shares(nothing, once, 100, 0.95)
+    error = np.sqrt(2.0 - 1.0 / 102) / 102
+    assert (low, high) == pytest.approx((1 / 102 - 1.6449 * error, 1 / 102 + 1.6449 * error), rel=1e-4)
+    few = {"contexts": 40, "queries": 40}
+    verdict = decide(measured(**few), measured(**few, positive=0.7))
+    assert verdict.reasons[0] == "40 queries are too few to judge, 100 are needed"
+    assert [reason.split(":")[0] for reason in verdict.reasons[1:]] == ["truncated"]
 
 
 def test_a_rate_has_wilsons_interval():

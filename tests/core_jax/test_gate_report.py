@@ -13,9 +13,9 @@ from core_jax.search.trial import MEANINGS, compare
 
 def measured(shift):
     rng = np.random.default_rng(0)
-    values = {name: 1 + rng.random(60) for name in METRICS}
+    values = {name: 1 + rng.random(200) for name in METRICS}
     values["log_ratio"] = values["log_ratio"] + shift
-    return Measurements([str(i) for i in range(60)], [f"q{i % 30}" for i in range(60)], values)
+    return Measurements([str(i) for i in range(200)], [f"q{i % 100}" for i in range(200)], values)
 
 
 def test_the_page_tells_the_decision_the_reasons_and_the_way_back(tmp_path):

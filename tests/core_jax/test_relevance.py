@@ -3,6 +3,7 @@ import pytest
 
 from afrl_jax.schema import Document, Query
 from afrl_jax.scoring import RelevanceModel
+from core_jax import relevance as relevance_module
 from core_jax.relevance import BM25Relevance, DeployedRelevance
 
 DOCUMENTS = [
@@ -39,6 +40,25 @@ def test_each_pair_is_scored_once_in_one_batch(tmp_path):
     assert again.scored == 0
 
 
+def test_a_kill_costs_one_chunk_and_the_same_pairs_come_together_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(relevance_module, "CHUNK", 2)
+    pairs = [(query, DOCUMENTS[0]) for query in ("a", "bb", "ccc", "dddd", "eeeee")]
+
+    class Killed(Counting):
+        def predict(self, pairs):
+            if len(self.asked) == 2:
+                raise KeyboardInterrupt
+            return super().predict(pairs)
+
+    DeployedRelevance(Counting(), tmp_path / "scores.sqlite")(pairs[1:2])
+    with pytest.raises(KeyboardInterrupt):
+        DeployedRelevance(Killed(), tmp_path / "scores.sqlite")(pairs)
+    resumed = DeployedRelevance(model := Counting(), tmp_path / "scores.sqlite")
+    np.testing.assert_array_equal(resumed(pairs), [0.01, 0.02, 0.03, 0.04, 0.05])
+    assert [[query.text for query, _ in asked] for asked in model.asked] == [["eeeee"]]
+    assert (resumed.scored, resumed.found) == (1, 4)
+
+
 def test_the_cache_knows_version_query_and_content(tmp_path):
     scored = []
     for version, query, document in [
@@ -69,6 +89,10 @@ def test_a_model_without_a_version_is_refused():
     model.version = ""
     with pytest.raises(ValueError, match="no version"):
         DeployedRelevance(model)
+
+
+def test_bm25_of_documents_without_a_word_is_0():
+    np.testing.assert_array_equal(BM25Relevance([Document("d", "!!!")])([("chess", Document("d", "!!!"))]), [0.0])
 
 
 def test_bm25_prefers_rare_shared_words():

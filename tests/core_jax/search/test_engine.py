@@ -256,6 +256,22 @@ def test_a_hanging_store_keeps_so_many_threads_and_no_more(stages):
     assert reasons[:3] == ["late"] * 3 and len(asked) <= 8 and "busy" in reasons
 
 
+def test_a_system_without_a_thread_to_give_costs_rewrites_and_nothing_else(stages, tmp_path, monkeypatch):
+    engine = Engine(stages, store=sealed_store(tmp_path), version=lambda: "v1", readers=1)
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", refuse)
+        for _ in range(2):  # the place of the first is free again
+            found = engine.search(Context(QUERY))
+            assert (
+                found.reason == "store: RuntimeError" and found.results == Engine(stages).search(Context(QUERY)).results
+            )
+    assert engine.search(Context(QUERY)).reason != "busy"
+
+
 def test_a_real_redis_that_is_stopped_costs_rewrites_and_nothing_else(stages, redis_server):
     plain = Engine(stages).search(Context(QUERY))
     store = sealed_store(None, open_backend(redis_server.url, timeout=0.2))

@@ -55,6 +55,10 @@ def test_recall_of_nothing_and_of_more_than_there_is():
     assert len(recall.search("chess", 100)) == 2
 
 
+def test_documents_without_a_word_are_never_recalled():
+    assert LexicalRecall([Document("a", "!!!")]).search("chess", 5) == []
+
+
 def test_dense_recall_exact_and_approximate_agree_with_a_dot_product():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(300, 16))

@@ -18,7 +18,12 @@ OPENSEARCH = {
         "max_score": 1.9,
         "hits": [
             {"_index": "clips", "_id": "7", "_score": 1.9, "_source": {"title": "Chess", "text": "t", "minutes": 24}},
-            {"_index": "clips", "_id": "8", "_score": 0.5, "_source": {"doc_id": "own", "title": "Go", "tags": ["a"]}},
+            {
+                "_index": "clips",
+                "_id": "8",
+                "_score": 0.5,
+                "_source": {"doc_id": "own", "title": "Go", "text": None, "tags": ["a", "b"], "free": True, "more": {}},
+            },
         ],
     },
 }
@@ -50,7 +55,7 @@ def test_opensearch_request_and_hits():
     }
     assert recall.hits(OPENSEARCH) == [
         Hit(Document("7", "Chess", "t", {"minutes": "24"}), 1.9),
-        Hit(Document("own", "Go", "", {}), 0.5),
+        Hit(Document("own", "Go", "", {"tags": "a, b", "free": "true"}), 0.5),
     ]
     assert recall.hits({"hits": {"hits": []}}) == []
     for broken in ({**OPENSEARCH, "timed_out": True}, {**OPENSEARCH, "_shards": {"failed": 1}}, {"error": {}}):
