@@ -2,7 +2,8 @@
 
 Parallel consumption is CoRe's idea (arXiv 2606.14127); this algebra, its constants and its bound are our choice.
 
-- recall and rawrank: the original selection stays whole; a rewrite may add at most `added_share` of its size.
+- recall and rawrank: the original selection stays whole; a rewrite may add M = `added_share` of the stage's size at
+  most, and so many too where the query found less, or nothing: there it can help most and has least to harm.
 - finerank: s(d) = s0(d) * f(d), f(d) = clip((rel(q', d) + eps) / (rel(q, d) + eps), 1/c, c)^kappa, and 1 without a
   rewrite. s0(d) comes from the original query alone.
 
@@ -45,15 +46,19 @@ class Fusion:
         return self.clip**self.power
 
     def added(self, size: int) -> int:
-        """M: how many items a rewrite may add to a selection of `size`."""
+        """M: how many items a rewrite may add at a stage that selects `size`."""
         return math.floor(self.added_share * size)
 
-    def extend(self, original: Sequence[Item], extra: Sequence[Item]) -> list[Item]:
-        """The original selection, whole and in its order, then at most M items of `extra` that are new, in theirs."""
+    def extend(self, original: Sequence[Item], extra: Sequence[Item], size: int) -> list[Item]:
+        """The original selection, whole and in its order, then at most M items of `extra` that are new, in theirs.
+
+        Args:
+            size: how many the stage selects where there are enough.
+        """
         new = dict.fromkeys(extra)
         for item in original:
             new.pop(item, None)
-        return [*original, *list(new)[: self.added(len(original))]]
+        return [*original, *list(new)[: self.added(size)]]
 
     def factor(self, relevance: np.ndarray, rewrite_relevance: np.ndarray) -> np.ndarray:
         """f from rel(q, d) and rel(q', d), both in [0, 1], float [N]. A relevance that is no number gives 1."""
@@ -61,15 +66,17 @@ class Fusion:
         factor = np.clip(ratio, 1 / self.clip, self.clip) ** self.power
         return np.where(np.isfinite(factor), factor, 1.0)
 
-    def worst_rank(self, base: np.ndarray) -> np.ndarray:
+    def worst_rank(self, base: np.ndarray, size: int) -> np.ndarray:
         """The lowest rank, from 1, to which any rewrite can push each of the original documents, int [N].
 
-        `base` float [N] is s0 of the documents ranked without a rewrite.
+        Args:
+            base: s0 of the documents ranked without a rewrite, float [N].
+            size: how many are ranked where there are enough.
         """
         base = np.asarray(base, float)
         # A hair of slack: products and quotients of floats are rounded, and equal scores may stand either way.
         reach = base[None, :] * self.most_factor**2 * (1 + 1e-12) >= base[:, None]
-        return reach.sum(1) + self.added(len(base))
+        return reach.sum(1) + self.added(size)
 
     def least_kept(self) -> float:
         """The share of s0 that is kept at every rank, and so of every discounted sum of s0: 1 / b^2."""

@@ -128,7 +128,8 @@ class Stages:
                 found = [hit.document for hit in self.recall.search(rewrite, self.recalled)]
                 rewrite_ranks = _ranks(found)
                 by_id = {document.doc_id: document for document in (*found, *recalled)}
-                ids = fusion.extend([document.doc_id for document in recalled], list(rewrite_ranks))
+                before = [document.doc_id for document in recalled]
+                ids = fusion.extend(before, list(rewrite_ranks), self.recalled)
                 recalled = [by_id[doc_id] for doc_id in ids]
         rewrite_light: dict[str, float] = {}
         if consumption.rawrank:
@@ -138,14 +139,15 @@ class Stages:
                 both = {doc_id: light[doc_id] + rewrite_light[doc_id] for doc_id in rewrite_light}
                 by_id = {document.doc_id: document for document in recalled}
                 extra = [document.doc_id for document in _best(recalled, both)]
-                scored = [by_id[doc_id] for doc_id in fusion.extend([d.doc_id for d in scored], extra)]
+                before = [document.doc_id for document in scored]
+                scored = [by_id[doc_id] for doc_id in fusion.extend(before, extra, self.ranked)]
         with clock.stage("finerank"):
             relevance = np.append(original.relevance, self._relevance(query, scored[len(original.scored) :]))
             of_rewrite = self._relevance(rewrite, scored) if consumption.finerank else None
             factor = np.ones(len(scored)) if of_rewrite is None else fusion.factor(relevance, of_rewrite)
-        before = {result.document.doc_id: rank for rank, result in enumerate(original.results, start=1)}
+        ranks = {result.document.doc_id: rank for rank, result in enumerate(original.results, start=1)}
         signals = _RewriteSignals(rewrite_ranks, rewrite_light, of_rewrite, factor)
-        results = _ranked(scored, relevance, light, _ranks(original.recalled), before, signals)
+        results = _ranked(scored, relevance, light, _ranks(original.recalled), ranks, signals)
         return Candidates(query, recalled, light, scored, relevance, results)
 
     def _light(self, text: str, documents: Sequence[Document]) -> dict[str, float]:

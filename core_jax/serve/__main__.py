@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from afrl_jax.command_line import make_parser, parse, told_plainly, zero_shot_instruction
+from afrl_jax.command_line import at_least, make_parser, parse, told_plainly, zero_shot_instruction
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--deadline_ms", type=float, default=20.0, help="that a search waits for the store (%(default)s)"
     )
-    parser.add_argument("--recalled", type=int, default=100, help="documents recalled for the query (%(default)s)")
-    parser.add_argument("--ranked", type=int, default=30, help="of them scored by the model (%(default)s)")
+    parser.add_argument("--recalled", type=at_least(1), default=100, help="recalled for a query (%(default)s)")
+    parser.add_argument("--ranked", type=at_least(1), default=30, help="of them scored by the model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="(%(default)s)")
     args = parse(parser, arguments)
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from afrl_jax.scoring import RelevanceModel
     from core_jax.registry import Registry, golden_self_test
+    from core_jax.schema import Context
     from core_jax.search.engine import Engine
     from core_jax.search.finerank import Finerank
     from core_jax.search.rawrank import LightRanker
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core_jax.search.rewrite_store import RewriteStore, open_backend
     from core_jax.search.stages import Stages
     from core_jax.serve.app import make_app
-    from core_jax.serve.collection import clips_collection, read_collection
+    from core_jax.serve.collection import clips_collection, read_collection, world_of
     from core_jax.weekly import KEY, REGISTRY, STORE
     from lm_jax.source import locate
 
@@ -65,10 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("one of --documents and --clips_week says what is searched")
         if args.store and not (args.secret and args.registry):
             raise ValueError("--store needs --secret and --registry: which rewrites to trust, and whose to use")
+        world = world_of(args.run) if args.run else {}
+        for option in ("store", "secret", "registry"):
+            path = str(getattr(args, option) or "")
+            if path and "://" not in path and not Path(path).exists():
+                raise ValueError(f"--{option}: there is no {path}")
         locate(args.model, ("config.json",))  # a wrong path is told before any work
-        documents, examples = (
-            (read_collection(args.documents), []) if args.documents else clips_collection(args.clips_week)
-        )
+        if args.documents:
+            documents, examples = read_collection(args.documents), []
+        else:
+            documents, examples = clips_collection(args.clips_week, **world)
         store = version = None
         if args.store:
             store = RewriteStore(open_backend(args.store), args.secret.read_bytes())
@@ -80,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         LexicalRecall(documents), LightRanker(documents), Finerank(model), recalled=args.recalled, ranked=args.ranked
     )
     engine = Engine(stages, store=store, version=version or (lambda: None), deadline=args.deadline_ms / 1000)
+    for first, last in zip(documents[:3], documents[-3:], strict=True):  # nobody waits for what these compile
+        engine.search(Context(first.title or "?"), rewrite=last.title or "?")
     about = {
         "model": Path(args.model).name,
         "model_version": model.version,

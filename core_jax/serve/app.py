@@ -79,10 +79,11 @@ def make_app(engine: Engine, about: Mapping[str, Any], examples: Sequence[Contex
         about: what /info says, a value of each a string or a number.
         examples: contexts that the page offers.
     """
-    app = FastAPI(title="Search after browse", version="1", max_body_size=1 << 20)
+    app = FastAPI(title="Search after browse", version="1")
+    app.add_middleware(refusals.BodyLimit, max_bytes=1 << 20)
     refusals.install(app)
 
-    @app.post("/search", responses=refusals.documented(422, 500))
+    @app.post("/search", responses=refusals.documented(413, 422, 500))
     def search(body: SearchRequest) -> SearchResponse:
         """Search: the original path, and what a rewrite makes of it."""
         watched = body.watched and Document(**body.watched.model_dump())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from afrl_jax.data.judgment_rows import document_of
 from afrl_jax.data.tables import Problems, read_rows
@@ -10,6 +12,7 @@ from afrl_jax.schema import Document
 from core_jax.schema import Context
 from core_jax.search.trial import session_documents
 from core_jax.sessions import simulate
+from core_jax.settings import read_settings
 
 SESSIONS = 200  # of the week, as many as core_jax.weekly judges by default
 EXAMPLES = 30
@@ -33,9 +36,24 @@ def read_collection(path: Path) -> list[Document]:
     return list(documents.values())
 
 
-def clips_collection(week: int, seed: int = 0) -> tuple[list[Document], list[Context]]:
+def world_of(run: Path) -> dict[str, Any]:
+    """Seed, drift and size of the weeks that a run of core_jax.main lived through.
+
+    Raises:
+        ValueError: the folder is of no such run, or its config is wrong.
+    """
+    file = run / "config.json"
+    if not file.exists():
+        raise ValueError(f"--run: {run} is no workdir of core_jax.main: it has no config.json")
+    settings = read_settings(json.loads(file.read_text(encoding="utf-8")))
+    return {"seed": settings.seed, "drift": settings.weekly.drift, "sessions": settings.weekly.held_out}
+
+
+def clips_collection(
+    week: int, seed: int = 0, drift: float = 1.0, sessions: int = SESSIONS
+) -> tuple[list[Document], list[Context]]:
     """The documents of a week's held-out sessions, and some of their contexts to try."""
-    truth = list(simulate(seed, "dev", week, SESSIONS))
+    truth = list(simulate(seed, "dev", week, sessions, drift=drift))
     documents = {document.doc_id: document for each in truth for document in session_documents(each)}
     contexts = [each.session.context for each in truth if each.session.has_contrast and each.session.context.watched]
     return list(documents.values()), contexts[:EXAMPLES]

@@ -29,14 +29,15 @@ def test_factor_is_the_formula():
 
 @given(FUSIONS, st.lists(st.integers(0, 30), max_size=20, unique=True), st.lists(st.integers(0, 30), max_size=40))
 def test_an_extended_selection_begins_with_the_original_whole_and_grows_by_the_share_at_most(fusion, original, extra):
-    extended = fusion.extend(original, extra)
+    size = 20  # whether the original selection is full or not
+    extended = fusion.extend(original, extra, size)
     assert extended[: len(original)] == original
     added = extended[len(original) :]
-    assert len(added) <= fusion.added_share * len(original)
+    assert len(added) <= fusion.added_share * size
     assert len(set(extended)) == len(extended) and set(added) <= set(extra)
     kept = [item for item in dict.fromkeys(extra) if item not in original]
     assert added == kept[: len(added)]
-    assert len(added) == min(len(kept), int(fusion.added_share * len(original)))
+    assert len(added) == min(len(kept), int(fusion.added_share * size))
 
 
 def ranking(scores):
@@ -59,7 +60,7 @@ def test_no_rewrite_loses_more_than_the_bound_at_any_rank(data, fusion):
         assert discount @ shown[:cutoff] >= slack * fusion.least_kept() * (discount @ before[:cutoff])
     rank = np.empty(size, int)
     rank[ranking(scores)] = np.arange(1, size + 1)
-    assert (rank[:originals] <= fusion.worst_rank(base[:originals])).all()
+    assert (rank[:originals] <= fusion.worst_rank(base[:originals], originals)).all()
 
 
 def test_the_adversary_reaches_the_bound():
@@ -69,7 +70,7 @@ def test_the_adversary_reaches_the_bound():
         base = np.array([0.8, other])
         scores = base * fusion.factor(base, np.array([0.0, 1.0]))
         assert (ranking(scores)[0] == 1) == swapped
-        assert fusion.worst_rank(base)[0] == (2 if swapped else 1)
+        assert fusion.worst_rank(base, len(base))[0] == (2 if swapped else 1)
     assert fusion.least_kept() == pytest.approx(1 / 2.25)
 
 

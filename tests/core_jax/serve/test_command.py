@@ -14,7 +14,9 @@ import requests
 
 from afrl_jax.data.tables import DataError
 from core_jax.serve.__main__ import main
-from core_jax.serve.collection import clips_collection, read_collection
+from core_jax.serve.collection import clips_collection, read_collection, world_of
+from core_jax.sessions import simulate
+from lm_jax.config_file import read_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
@@ -29,6 +31,17 @@ def test_a_table_of_documents_is_read_and_bad_rows_are_named(tmp_path):
         read_collection(table)
 
 
+def test_a_run_says_which_world_it_lived_in(tmp_path):
+    config = read_config(
+        REPOSITORY / "configs" / "core_quickstart.py", ["--config.seed=2", "--config.weekly.drift=0.5"]
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert world_of(tmp_path) == {"seed": 2, "drift": 0.5, "sessions": config["weekly"]["held_out"]}
+    _, contexts = clips_collection(3, seed=2, drift=0.5, sessions=40)
+    truth = simulate(2, "dev", 3, 40, drift=0.5)
+    assert {context.key for context in contexts} <= {each.session.context.key for each in truth}
+
+
 def test_the_built_in_world_offers_contexts_whose_documents_are_there():
     documents, contexts = clips_collection(2)
     ids = {document.doc_id for document in documents}
@@ -40,6 +53,12 @@ def test_the_built_in_world_offers_contexts_whose_documents_are_there():
     [
         (["--model=x"], "one of --documents and --clips_week"),
         (["--model=x", "--clips_week=1", "--store=s"], "--store needs --secret and --registry"),
+        (
+            ["--model=x", "--clips_week=1", "--store=absent", "--secret=s", "--registry=r"],
+            "--store: there is no absent",
+        ),
+        (["--model=x", "--clips_week=1", "--run=absent"], "--run: absent is no workdir of core_jax.main"),
+        (["--model=x", "--clips_week=1", "--recalled=0"], "--recalled: must be a whole number of at least 1"),
     ],
 )
 def test_wrong_arguments_are_told_in_a_line(arguments, message, capsys):
