@@ -107,7 +107,11 @@ def _decision(verdict: Verdict, back: str) -> str:
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     why = f"<ul>{reasons}</ul>" if reasons else "<p>Every criterion holds.</p>"
     caption = f"On {verdict.contexts:,} contexts of {verdict.queries:,} queries that neither was trained on."
-    go_back = f"<p>To go back to the version before:</p><pre>{html.escape(back)}</pre>"
+    go_back = (
+        f"<p>To go back to the version before:</p><pre>{html.escape(back)}</pre>"
+        "<p>Rewrites in the store belong to the version that wrote them: until that version's are written again, "
+        "searches go without.</p>"
+    )
     return report_page.section(_word(verdict), caption, why + go_back)
 
 

@@ -80,7 +80,7 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
     import jax
 
     from core_jax.phases import NoPairs
-    from core_jax.recipe import Recipe
+    from core_jax.recipe import OtherRelevance, Recipe
     from core_jax.settings import Settings, read_settings
     from core_jax.weekly import Weekly
 
@@ -109,7 +109,7 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
         weekly = Weekly(recipe) if settings.weekly.weeks else None
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    with ending_as_told(parser, NoPairs, ConnectionError):
+    with ending_as_told(parser, NoPairs, OtherRelevance, ConnectionError):
         recipe()
         if weekly:
             weekly()

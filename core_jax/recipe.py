@@ -39,6 +39,10 @@ START, GRPO = "start", "grpo"
 GOLDEN = 8  # contexts that an exported rewriter proves itself with
 
 
+class OtherRelevance(RuntimeError):
+    """The deployed relevance model was exchanged in the middle of a run."""
+
+
 class Recipe:
     """One run of one config in one folder. Making it checks config and data; only then does the folder appear.
 
@@ -89,8 +93,18 @@ class Recipe:
 
     @functools.cached_property
     def deployed(self) -> DeployedRelevance:
-        """The deployed relevance model; every figure of the report is by it, whatever the reward asks."""
+        """The deployed relevance model; every figure of the report is by it, whatever the reward asks.
+
+        Raises:
+            OtherRelevance: the run began with another.
+        """
         model = RelevanceModel.load(self.settings.relevance, dtype=self.settings.dtype)
+        version = self.run.once("relevance", lambda: {"version": model.version})["version"]
+        if version != model.version:
+            raise OtherRelevance(
+                f"relevance: {self.settings.relevance} holds version {model.version[:12]}, the run began with "
+                f"{version[:12]}; put that back, or use another --workdir"
+            )
         return DeployedRelevance(model, self.run.path / "relevance.sqlite")
 
     @functools.cached_property

@@ -9,7 +9,8 @@ Sessions are a table (.jsonl, .jsonl.gz or .parquet), one row a search:
 
 A document has `title` and, where it likes, `text` and any other field, which is shown too. `action` is "click" (opened
 and stayed), "glance" (opened and left) or "none" (seen and passed over); what was not looked at is not listed. `weight`
-is 1 by default. Documents of `random` are drawn from the catalogue without regard to the query.
+is 1 by default; a product's own "weight" or "action" needs another name. Documents of `random` are drawn from the
+catalogue without regard to the query.
 
 Rewrites are a table {"utterance", "rewrite"[, "history": [...]]}: what was said before takes the place of the watched
 document. `cast_rewrites` and `zh_utterance_rewrite` are such tables.

@@ -195,6 +195,11 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         one_of(f"weekly.incidents.{week}", incident, INCIDENTS)
         first = settings.weekly.first_week
         one_of("weekly.incidents", week, [f"week{number}" for number in range(first, first + settings.weekly.weeks)])
+    if not 0 <= settings.weekly.drift <= 10:
+        raise ValueError(f"weekly.drift: {settings.weekly.drift} must lie between 0 and 10")
+    if settings.evaluation.sessions == settings.sessions:
+        raise ValueError(f"evaluation.sessions: {settings.sessions!r} are those that are trained on")
+    at_least(1, "sampler.", settings.sampler, "parallel")
     at_least(1, "supervised.", settings.supervised, "steps")
     at_least(1, "mpo.", settings.mpo, "steps")
     if settings.phases.margin <= 0:

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from core_jax import grpo
 from core_jax.phases import NoPairs
 from core_jax.recipe import Recipe
 from core_jax.rewriter import Rewriter
@@ -164,6 +166,23 @@ def test_a_second_run_skips_what_is_finished(run, uninterrupted):
     assert (digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()) == before
 
 
+def test_a_relevance_model_exchanged_in_the_middle_of_a_run_is_told(run, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    began = workdir / "stages" / "relevance" / "done.json"
+    version = json.loads(began.read_text())["version"]
+    began.write_text(json.dumps({"version": "0" * 64}))
+    shutil.rmtree(workdir / "stages" / "evaluate.phase2")
+    done = run(workdir)
+    assert done.returncode == 1
+    assert f"holds version {version[:12]}, the run began with 000000000000" in done.stderr
+
+
+def test_of_few_sessions_the_budget_is_that_of_the_phases_too():
+    settings = read_settings(read_config(REPOSITORY / "configs/core_smoke.py", ["--config.phases.contexts=100"]))
+    assert grpo.steps_of_budget(settings, 20) == 2 * 20 * 4 // (2 * 4)  # phases x sessions x rewrites
+
+
 def recipe_of(relevance_folder, workdir: pathlib.Path, *arguments: str) -> Recipe:
     relevance = f"--config.relevance={relevance_folder}"
     config = read_config(REPOSITORY / "configs/core_smoke.py", [relevance, *arguments])
@@ -193,6 +212,7 @@ def test_a_phase_that_finds_no_pairs_says_why(relevance_folder, tmp_path):
         ("--config.relevance=nowhere", "nowhere"),
         ("--config.mpo.row_tokens=32", r"mpo\.row_tokens: 32 is too small: the longest prompt has"),
         ("--config.data.train.weeks=1", r"data\.train: .*weeks"),
+        ("--config.evaluation.sessions=train", r"evaluation\.sessions: 'train' are those that are trained on"),
         ("--config.data.train.format=csv", r"data\.train: format: 'csv' is unknown; it is one of clips, log"),
     ],
 )

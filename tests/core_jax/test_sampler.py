@@ -133,13 +133,27 @@ def test_a_server_draws_and_heeds_seeds(transformers_server, format, tiny_shape,
 
 
 def test_a_server_of_one_model_is_reloaded_by_a_command(format, tiny_shape, random_model, tmp_path):
-    marker = tmp_path / "told"
+    marker, folder = tmp_path / "told", tmp_path / "with a blank; and more"
     sampler = server(
-        format, tiny_shape, "http://127.0.0.1:9", tmp_path, reload=f"echo {{folder}} > {marker}", patience=0.0
+        format, tiny_shape, "http://127.0.0.1:9", folder, reload=f"echo {{folder}} > {marker}", patience=0.0
     )
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9/v1/models"):
         sampler.sync(random_model(tiny_shape, 1), "phase1")
-    assert marker.read_text().strip() == str(tmp_path / "phase1")
+    assert marker.read_text().strip() == str(folder / "phase1")
+
+
+def test_a_command_that_fails_is_told(format, tiny_shape, random_model, tmp_path):
+    sampler = server(format, tiny_shape, "http://127.0.0.1:9", tmp_path, reload="exit 3")
+    with pytest.raises(ConnectionError, match=r"sampler\.reload: 'exit 3' ended with status 3"):
+        sampler.sync(random_model(tiny_shape, 1), "phase1")
+
+
+@pytest.mark.parametrize("answer", [{}, {"choices": []}, {"choices": [{"text": "a"}]}, {"choices": None}, []])
+def test_an_answer_that_is_none_is_told(format, tiny_shape, contexts, tmp_path, monkeypatch, answer):
+    sampler = server(format, tiny_shape, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(sampler, "_post", lambda path, body: answer)
+    with pytest.raises(ConnectionError, match="/v1/completions: an answer without"):
+        sampler.sample(contexts[:1], [0], seed=0, group=1)
 
 
 def test_a_refusal_says_what_the_server_said(transformers_server, format, tiny_shape, contexts, random_model, tmp_path):
