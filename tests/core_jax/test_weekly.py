@@ -13,6 +13,7 @@ from core_jax.gate import GATE, GATES
 from core_jax.incidents import INCIDENTS, LengthBiased
 from core_jax.recipe import Recipe
 from core_jax.registry import Registry, golden_self_test
+from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
 from core_jax.search.rewrite_store import RewriteStore, SQLite
 from core_jax.settings import read_settings
@@ -77,6 +78,9 @@ def test_the_store_holds_rewrites_of_the_version_in_production_only(workdir, wee
     store = RewriteStore(SQLite(workdir / STORE), read_secret(workdir / KEY))
     found = [store.read(context.key, weeks[-1]["production"]) for context in contexts]
     assert {each.reason for each in found} <= {"used", "absent"}
+    rewriter = Rewriter.load(Registry(workdir / REGISTRY, golden_self_test).path(weeks[-1]["production"]))
+    usable = {c.key: r.text for c, r in zip(contexts, rewriter.rewrite(contexts), strict=True) if r.usable}
+    assert {c.key: each.text for c, each in zip(contexts, found, strict=True) if each.text is not None} == usable
     assert (workdir / KEY).stat().st_mode & 0o777 == 0o600
 
 
