@@ -175,6 +175,8 @@ def _exclusive(seeds: list[dict[str, float]]) -> str:
 
 def _curve_rows(found: Mapping[str, list[dict[str, float]]]) -> Rows:
     weights = {"stepwise": 0.0} | {f"fixed {weight:g}": weight for weight in CURVE}
+    if len(weights.keys() & found.keys()) < 3:  # no curve
+        return []
     return [
         {"lambda": weight, "seed": seed, "bucket": bucket, "recall": of_seed[f"recall/{bucket}"]}
         for name, weight in weights.items()
@@ -233,6 +235,12 @@ def main() -> None:
         [name, *(studies.cell([s.get(key, np.nan) for s in seeds]) for key in COLUMNS.values()), _exclusive(seeds)]
         for name, seeds in found.items()
     ]
+    compared = [key for key in COLUMNS.values() if key in found["start"][0] and key != "rules_lost"]
+    changes = [
+        [name, *(studies.cell([a[key] - b[key] for a, b in zip(seeds, found["start"], strict=True)], signed=True)
+                 for key in compared)]
+        for name, seeds in found.items() if name != "start"
+    ]  # fmt: skip
     parts = [
         "# Mode balance",
         f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds. {seconds / 60:.0f} minutes of runs. "
@@ -245,6 +253,9 @@ def main() -> None:
         "rules to gain and rules to lose. Every arm makes 60 updates at one learning rate, 5e-5, set before any arm "
         "ran and tuned for none.",
         verdict(found),
+        "What each arm changed of its start, paired by seed:",
+        studies.markdown_table(["arm", *(c for c, key in COLUMNS.items() if key in compared)], changes),
+        "The figures themselves; how far seeds lie apart is mostly how far their starts do:",
         studies.markdown_table(["arm", *COLUMNS, "+X/−Y"], rows),
     ]
     plots = [

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FieldReference
 def get_config() -> ConfigDict:
     """OBJECTIVES 8 and 9 at their defaults."""
     root = FieldReference("data")
-    rows = {"rows": 64, "row_tokens": 1024, "micro_batches": 4, "save_every": 100}
+    rows = {"rows": 64, "row_tokens": 1024, "micro_batches": 1, "save_every": 100}
     return ConfigDict(
         {
             "title": "CoRe, Qwen3-1.7B",
