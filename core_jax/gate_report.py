@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
 
-from core_jax.gate import METRICS, Verdict
+from core_jax.gate import METRICS, SINCE_FIRST, Verdict
 from core_jax.search.trial import MEANINGS, Compared
 from lm_jax import report_page, report_pictures
 from lm_jax.report_pictures import Plot, Rows
@@ -127,7 +127,7 @@ def _metrics(verdict: Verdict) -> str:
         bounds += [f"up to {finding.below:+.3g}"] if finding.below < float("inf") else []
         rows.append(
             [
-                report_page.named(finding.metric, METRICS[finding.metric]),
+                report_page.named(finding.metric, METRICS[finding.metric.removesuffix(SINCE_FIRST)]),
                 f"{finding.incumbent:.3f}",
                 f"{finding.candidate:.3f}",
                 f"{finding.difference.value:+.3f}<small>{low:+.3f} to {high:+.3f}</small>",
@@ -136,7 +136,10 @@ def _metrics(verdict: Verdict) -> str:
             ]
         )
     head = ["", "incumbent", "candidate", "difference", "must lie", ""]
-    caption = "Bounds are one-sided, by a bootstrap over queries; all must lie inside their margins."
+    caption = (
+        "Bounds are one-sided, by a bootstrap over queries; all must lie inside their margins. What is told since the "
+        "first version is compared with that one instead of the incumbent."
+    )
     return report_page.section("Seven metrics", caption, report_page.table(head, rows))
 
 

@@ -103,9 +103,15 @@ class Weekly:
         following = self.following[number]
         evaluated = [evaluate(rewriter, following, relevance, self.settings.reward) for rewriter in (before, after)]
         measured = [self._measurements(following.contexts, each) for each in evaluated]
+        first = measured[0]
+        if incumbent != (version := self._first_version()):
+            rewriter = Rewriter.load(self.registry.path(version), dtype=self.settings.dtype)
+            first = self._measurements(
+                following.contexts, evaluate(rewriter, following, relevance, self.settings.reward)
+            )
         verdicts = {
             gate_name: gate.decide(
-                *measured, of_gate, seed=self.settings.seed, resamples=self.settings.weekly.resamples
+                *measured, of_gate, first=first, seed=self.settings.seed, resamples=self.settings.weekly.resamples
             )
             for gate_name, of_gate in GATES.items()
         }

@@ -1,6 +1,7 @@
 """The gate against closed forms, a bootstrap that copies rows, and counts by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -156,6 +157,20 @@ def test_too_few_queries_promote_nobody():
     assert not verdict.promote and "10 queries are too few" in verdict.reasons[0]
     criteria = GATE.criteria[:-1]  # of a share 10 queries say little, whatever their number may be
     assert decide(before, after, dataclasses.replace(GATE, criteria=criteria, least_queries=10)).promote
+
+
+def test_small_steps_that_each_pass_are_stopped_where_they_have_gone_too_far_together():
+    first = measured()
+    steps = [measured(positive=0.6 + 0.05 * step, surprisal=3.0 + 0.6 * step) for step in range(4)]
+    for before, after in itertools.pairwise(steps):
+        assert decide(before, after).promote  # from the incumbent no step is too large
+    assert decide(steps[1], steps[2], first=first).promote  # 4.2 of 4.5
+    verdict = decide(steps[2], steps[3], first=first)
+    assert verdict.reasons == ("surprisal, since the first version: +1.8, its upper bound +1.8 may not pass +1.5",)
+    assert verdict.figures()["surprisal, since the first version/incumbent"] == pytest.approx(3.0)
+    assert decide(steps[2], steps[3], gate.REWARD_ONLY, first=first).promote
+    with pytest.raises(ValueError, match="same contexts"):
+        decide(first, first, first=dataclasses.replace(first, contexts=first.contexts[::-1]))
 
 
 def test_a_share_that_was_never_seen_is_not_known_to_be_0():
