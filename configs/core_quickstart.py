@@ -3,8 +3,9 @@
     python -m core_jax.main --config=configs/core_quickstart.py --workdir=runs/core
 
 The deployed relevance model is the AFRL quickstart's export, made first where runs/quickstart/export is absent; the
-rewriter starts from its weights. Measured once, with --config.seed=2, on 2 cores with AVX-512 and hardly anything beside it:
-10:40 after that export (start 173 s, a phase 31 s, a week about 40 s). Contexts of the following week, 95% intervals:
+rewriter starts from its weights. Measured once, with --config.seed=2, on 2 cores with AVX-512 and hardly anything
+beside it: 10:40 after that export (start 173 s, a phase 31 s, a week about 40 s). Contexts of the following week, 95%
+intervals:
 
     after     improves on the query  log r gained          judge                 judge, gained over the query
     start     .502 [.458, .546]      +.29 [+.16, +.42]     .643 [.622, .666]     -.004 [-.025, +.018]
