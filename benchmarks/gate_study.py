@@ -89,7 +89,6 @@ def write_study(
         "",
         "```\npython -m benchmarks.gate_study --workdir=runs/gate_study --output=docs/studies/gate.md\n```",
         "",
-        "",
         "| gate | clean weeks blocked | incident weeks blocked | plantings never blocked | mean delay, weeks |",
         "|---|---|---|---|---|",
     ]

@@ -249,9 +249,9 @@ def main() -> None:
         "```\npython -m benchmarks.mode_balance --workdir=runs/mode_balance --output=docs/studies"
         + (f' --arms="{parsed.arms}"' if parsed.arms else "")
         + "\n```",
-        "The start is the SFT model of `configs/afrl_quickstart.py`, which grades four of five pairs right: it has "
-        "rules to gain and rules to lose. Every arm makes 60 updates at one learning rate, 5e-5, set before any arm "
-        "ran and tuned for none.",
+        "The start is the SFT model of `configs/afrl_quickstart.py`, which grades more than four of five pairs right: "
+        "it has rules to gain and rules to lose. Every arm makes 60 updates at one learning rate, 5e-5, set before any "
+        "arm ran and tuned for none.",
         verdict(found),
         "What each arm changed of its start, paired by seed:",
         studies.markdown_table(["arm", *(c for c, key in COLUMNS.items() if key in compared)], changes),

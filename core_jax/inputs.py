@@ -90,8 +90,12 @@ def open_inputs(settings: Settings) -> Inputs:
         supervised[name] = example_groups(format, examples, rewriter.max_new_tokens)
     lengths = [len(prompt) for prompt in format.encode_prompts([*training.contexts, *held_out.contexts])]
     check_rows(settings, settings.arm, max(lengths), supervised)
-    prompt_tokens = -(-max(lengths) // PADDING) * PADDING
-    return Inputs(training, held_out, supervised, format, shape, mesh, prompt_tokens, min(lengths))
+    return Inputs(training, held_out, supervised, format, shape, mesh, padded(max(lengths)), min(lengths))
+
+
+def padded(longest: int) -> int:
+    """Tokens that prompts of up to `longest` are padded to."""
+    return -(-longest // PADDING) * PADDING
 
 
 def _named(key: str, open_source: Any, source: Mapping[str, Any], seed: int) -> Any:

@@ -6,7 +6,7 @@
   python -m core_jax.main --config=configs/core_quickstart.py --workdir=runs/other --config.mpo.weights="(1,0,0)"
       Any value of a config can be changed on the command line. core_jax/settings.py says which keys there are.
 
-  python -m core_jax.main --config=configs/core_qwen3.py --compile_for=v5e:4x4 [--mesh=auto] \\
+  python -m core_jax.main --config=configs/core_qwen3.py --compile_for=v5e:2x4 [--mesh=auto] \\
       --config.relevance=Qwen/Qwen3-0.6B
       Runs nothing: compiles every step for that TPU slice, which need not be there, and says whether it fits, how long
       a step takes and what limits it. A relevance model that is not there yet may go by the name of its shape.

@@ -19,14 +19,14 @@ from afrl_jax.plan import scoring
 from afrl_jax.sft import SFT
 from afrl_jax.sft import TERMS as SFT_TERMS
 from core_jax import grpo, mpo
-from core_jax.inputs import PADDING
+from core_jax.inputs import padded
 from core_jax.phases import make_optimizer
 from core_jax.settings import Settings, TrainSettings
 from lm_jax import run_log, train_state
 from lm_jax.config import PRESETS, DecoderConfig
 from lm_jax.parameters import abstract
-from lm_jax.plan_programs import on_mesh, planned_shape, sampling, training
-from lm_jax.rows import Branch, Group, RowShape, abstract_batch
+from lm_jax.plan_programs import planned_shape, rows_on_mesh, sampling, training
+from lm_jax.rows import Branch, Group, RowShape
 from lm_jax.token_loss import Objective
 from sharding.plan import Program
 
@@ -92,7 +92,7 @@ def _mpo(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Prog
     parameters = abstract(config, mesh)
     yield from _drawing("phase", settings, config, mesh, phases.rows, phases.rewrites, prompt, {"weights": parameters})
     shape = mpo.row_shape(stage.row_tokens, SHORTEST, settings.rewriter.max_new_tokens)
-    batch = {key: on_mesh(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, stage.rows).items()}
+    batch = rows_on_mesh(mesh, shape, stage.rows)
     yield Program(
         "phase: log-probs of the reference",
         lambda remat: mpo.pair_logprobs.trace(parameters, batch, config=config, dtype=settings.dtype),
@@ -130,7 +130,7 @@ def _drawing(
     held: Mapping[str, Any],
 ) -> Iterator[Program]:  # fmt: skip
     return sampling(
-        f"{name}: sampling", config, mesh, held, prompts=prompts, prompt_tokens=-(-prompt // PADDING) * PADDING,
+        f"{name}: sampling", config, mesh, held, prompts=prompts, prompt_tokens=padded(prompt),
         group=group, max_new_tokens=settings.rewriter.max_new_tokens, dtype=settings.dtype,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from core_jax.evaluation import Evaluated, evaluate
 from core_jax.gate import GATES, Measurements, Verdict
 from core_jax.gate_report import write_gate_report
 from core_jax.incidents import INCIDENTS, Incident
-from core_jax.inputs import PADDING, Inputs, Sessions, check_rows, example_groups, open_sessions
+from core_jax.inputs import Inputs, Sessions, check_rows, example_groups, open_sessions, padded
 from core_jax.phases import NoPairs, Phase
 from core_jax.recipe import GOLDEN, START, Recipe, make_sampler
 from core_jax.registry import Registry, golden_self_test
@@ -322,9 +322,8 @@ def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
     inputs = recipe.inputs
     lengths = [len(prompt) for each in some for prompt in inputs.format.encode_prompts(each.contexts)]
     check_rows(recipe.settings, "mpo", max(lengths), {})
-    longest = -(-max(lengths) // PADDING) * PADDING
     return dataclasses.replace(
         inputs,
-        prompt_tokens=max(inputs.prompt_tokens, longest),
+        prompt_tokens=max(inputs.prompt_tokens, padded(max(lengths))),
         shortest_prompt=min(inputs.shortest_prompt, *lengths),
     )

@@ -42,6 +42,11 @@ def on_mesh(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
+def rows_on_mesh(mesh: Mesh, shape: RowShape, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract batch of so many rows of that shape."""
+    return {key: on_mesh(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, rows).items()}
+
+
 def sampling(
     name: str,
     config: DecoderConfig,
@@ -108,7 +113,7 @@ def training(
         state: abstract, as `train_state.abstract_state` makes it.
         beside: what stays in memory, by name, that is no part of the state.
     """
-    batch = {key: on_mesh(mesh, x.dtype, *x.shape) for key, x in abstract_batch(shape, rows).items()}
+    batch = rows_on_mesh(mesh, shape, rows)
     weights = {key: jax.ShapeDtypeStruct((), np.float32) for key in coefficients}
     held = {"weights": state.parameters, "optimizer": state.optimizer, "batch": batch, **(beside or {})}
 

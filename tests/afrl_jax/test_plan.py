@@ -17,11 +17,11 @@ from sharding.plan import chip_bytes
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
-def planned(*overrides: str, mesh: str = "fsdp=4"):
+def planned(*overrides: str):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: it holds the compiler for TPUs")
     config = read_config(CONFIGS / "afrl_smoke.py", list(overrides))
-    return programs(read_settings(config), make_mesh(mesh, topology("v5e:2x2")[1]))
+    return programs(read_settings(config), make_mesh("fsdp=4", topology("v5e:2x2")[1]))
 
 
 def held(program) -> dict[str, float]:

@@ -4,16 +4,17 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from core_jax import gate, weekly_report
+from core_jax.evaluation import Evaluated
 from core_jax.gate import GATE, GATES
 from core_jax.incidents import INCIDENTS, LengthBiased
 from core_jax.recipe import Recipe
 from core_jax.registry import Registry, golden_self_test
-from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
 from core_jax.search.rewrite_store import RewriteStore, SQLite
 from core_jax.settings import read_settings
@@ -72,15 +73,26 @@ def test_each_week_starts_from_what_was_promoted_last(workdir, weeks):
     registry.promote(weeks[0]["candidate"], who="test", why="and back")
 
 
+def test_what_ended_is_stored_for_its_version_and_what_was_cut_off_is_not(workdir, config, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    weekly = Weekly(Recipe(read_settings(config), config, tmp_path / "run"))
+    following = weekly.following[3]
+    keys = [context.key for context in following.contexts]
+    said = [f"german chess {place}" for place in range(len(keys))]
+    cut = np.arange(len(keys)) == 0
+    weekly._write_store("new", following, Evaluated(["q"] * len(keys), said, {"truncated": cut}))
+    store = RewriteStore(SQLite(tmp_path / "run" / STORE), read_secret(tmp_path / "run" / KEY))
+    found = {key: store.read(key, "new").text for key in keys}
+    assert len(found) > 1 and found == dict(zip(keys, [None, *said[1:]], strict=True))
+    assert {store.read(key, "other").text for key in keys} == {None}
+
+
 def test_the_store_holds_rewrites_of_the_version_in_production_only(workdir, weeks, config):
     recipe = Recipe(read_settings(config), config, workdir)
     contexts = Weekly(recipe).following[3].contexts
     store = RewriteStore(SQLite(workdir / STORE), read_secret(workdir / KEY))
     found = [store.read(context.key, weeks[-1]["production"]) for context in contexts]
     assert {each.reason for each in found} <= {"used", "absent"}
-    rewriter = Rewriter.load(Registry(workdir / REGISTRY, golden_self_test).path(weeks[-1]["production"]))
-    usable = {c.key: r.text for c, r in zip(contexts, rewriter.rewrite(contexts), strict=True) if r.usable}
-    assert {c.key: each.text for c, each in zip(contexts, found, strict=True) if each.text is not None} == usable
     assert (workdir / KEY).stat().st_mode & 0o777 == 0o600
 
 
