@@ -16,7 +16,7 @@ import numpy as np
 from afrl_jax import calibration, ranking_metrics
 from afrl_jax.decision import MOST_PROBABLE, Decision
 from afrl_jax.schema import Judgment
-from lm_jax.bootstrap import Difference, Figure, interval, multiplicities, two_sided_p
+from lm_jax.bootstrap import Difference, Figure, Resamples, interval, two_sided_p
 
 CUTOFF = 10
 PASS_AT = 8
@@ -101,9 +101,9 @@ def evaluate_predictions(
     noise to every bin, so the interval of ece lies to the right of its value.
     """
     statistics = _statistics(predictions, rule_frequency)
-    multiplicity = multiplicities(_query_count(predictions), seed, resamples)
+    drawn_queries = Resamples(_query_count(predictions), seed, resamples)
     return {
-        name: Figure(value, *interval(value, statistic.values(multiplicity)))
+        name: Figure(value, *interval(value, statistic.values(drawn_queries)))
         for name, statistic in statistics.items()
         if np.isfinite(value := statistic.value())
     }
@@ -126,12 +126,12 @@ def paired_bootstrap(
     if not (np.array_equal(a.query_index, b.query_index) and np.array_equal(a.grade, b.grade)):
         raise ValueError("a paired bootstrap needs the same pairs in the same order: query_index or grade differ")
     statistics_a, statistics_b = _statistics(a, rule_frequency), _statistics(b, rule_frequency)
-    multiplicity = multiplicities(_query_count(a), seed, resamples)
+    drawn_queries = Resamples(_query_count(a), seed, resamples)
     differences = {}
     for name in (name for name in statistics_a if name in statistics_b and (metrics is None or name in metrics)):
         value = statistics_b[name].value() - statistics_a[name].value()
         if np.isfinite(value):
-            drawn = statistics_b[name].values(multiplicity) - statistics_a[name].values(multiplicity)
+            drawn = statistics_b[name].values(drawn_queries) - statistics_a[name].values(drawn_queries)
             differences[name] = Difference(value, *interval(value, drawn), two_sided_p(drawn))
     return differences
 
@@ -145,9 +145,9 @@ class _Statistic(NamedTuple):
     def value(self) -> float:
         return float(self.of_sums(self.by_query.sum(0)))
 
-    def values(self, multiplicity: np.ndarray) -> np.ndarray:
-        """The metric in every resample, multiplicity [R, Q] -> [R]."""
-        return self.of_sums(multiplicity @ self.by_query)
+    def values(self, drawn_queries: Resamples) -> np.ndarray:
+        """The metric in every resample, [R]."""
+        return self.of_sums(drawn_queries @ self.by_query)
 
 
 def _statistics(predictions: Predictions, rule_frequency: Mapping[int, float] | None) -> dict[str, _Statistic]:

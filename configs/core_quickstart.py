@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     two of them with an incident."""
     relevance = FieldReference("runs/quickstart/export")  # the rewriter starts from its weights
     clips = {"format": "clips", "shown": 8, "random_documents": 2}
-    gave_up = {"format": "clips", "shown": 3, "random_documents": 0}  # of few results: many give up
+    gave_up = {"format": "clips", "shown": 2, "random_documents": 0}  # of few results: every second gives up
     return ConfigDict(
         {
             "title": "CoRe quickstart: the world of clips",

@@ -20,7 +20,7 @@ from core_jax.ratio_reward import RewardSettings, Rewrite, score_rewrites
 from core_jax.relevance import Relevance
 from core_jax.rewriter import Rewriter
 from core_jax.sessions import judge_rewrite
-from lm_jax.bootstrap import Figure, interval, multiplicities
+from lm_jax.bootstrap import Figure, Resamples, interval
 
 # What a figure is, for a reader who meets it here first; the arrow says which way is better.
 MEANINGS: Mapping[str, str] = {
@@ -58,13 +58,13 @@ class Evaluated:
         names = {name: np.asarray(values) for name, values in self.values.items() if np.isfinite(values).any()}
         _, cluster = np.unique(self.queries, return_inverse=True)
         count = cluster.max() + 1
-        drawn = multiplicities(count, seed, resamples)
+        drawn_queries = Resamples(count, seed, resamples)
         found = {}
         for name, values in names.items():
             on = np.isfinite(values)
             sums, sizes = (np.bincount(cluster[on], weights, count) for weights in (values[on], np.ones(on.sum())))
             with np.errstate(invalid="ignore"):  # a resample may hold none of a rare figure's queries
-                means = (drawn @ sums) / (drawn @ sizes)
+                means = (drawn_queries @ sums) / (drawn_queries @ sizes)
             value = float(sums.sum() / sizes.sum())
             found[name] = Figure(value, *interval(value, means))
         distinct = len({*self.rewrites}) / len(self.rewrites)

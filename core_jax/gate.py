@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm_jax.bootstrap import Figure, interval, multiplicities
+from lm_jax.bootstrap import Figure, Resamples, interval
 
 # In the order of every table. What is meant, for a reader who meets it here first.
 METRICS: Mapping[str, str] = {
@@ -233,9 +233,9 @@ def decide(
         if list(each.contexts) != list(candidate.contexts) or not len(each.contexts):
             raise ValueError("the gate compares all on the same contexts in the same order, at least one")
     names, cluster = np.unique(np.asarray(incumbent.queries, dtype=object).astype(str), return_inverse=True)
-    multiplicity = multiplicities(len(names), seed, resamples)
+    drawn_queries = Resamples(len(names), seed, resamples)
     sizes = np.bincount(cluster)
-    drawn_contexts = multiplicity @ sizes
+    drawn_contexts = drawn_queries @ sizes
 
     def finding(criterion: Criterion, base: Measurements, suffix: str = "") -> Finding:
         before, after = (m.values[criterion.metric] for m in (base, candidate))
@@ -249,7 +249,7 @@ def decide(
         difference = float(np.mean(after - before))
         low = high = difference
         if gate.confidence:
-            drawn = multiplicity @ np.bincount(cluster, after - before) / drawn_contexts
+            drawn = drawn_queries @ np.bincount(cluster, after - before) / drawn_contexts
             # Two one-sided bounds: a central interval that leaves out 1 - confidence at each end.
             low, high = interval(difference, drawn, 2 * gate.confidence - 1)
             if criterion.metric in SHARES:

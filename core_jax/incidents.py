@@ -1,8 +1,8 @@
 """What goes wrong in a week, planted: the gate is measured by what it stops.
 
 An incident changes what a candidate is trained on, or leaves in its weights what a longer exposure would have left
-there, so that the gate sees a model folder like any other. A length-biased relevance model is deployed, so the gate
-measures with it too and has to notice by other means.
+there, so that the gate sees a model folder like any other. A length-biased relevance model is deployed, so rewards and
+search follow it; the gate measures with the model that the run began with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Incident:
 
     Attributes:
         reward: the constants of the reward.
-        relevance: the deployed relevance model, for training and for the gate alike.
+        relevance: the deployed relevance model, for rewards and for search; the gate trusts the one of the run's start.
         text: what the candidate learns to say to a context.
         damage: the weights, from a seed.
     """

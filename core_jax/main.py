@@ -28,6 +28,7 @@ before any work is done; 75 start it again: SIGTERM came and the step is saved; 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -97,9 +98,12 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
         if folder.name != "export":
             raise ValueError(f"relevance: {folder} is absent; a run of relevance_config leaves its model in .../export")
         command = [sys.executable, "-m", "afrl_jax.main", f"--config={settings.relevance_config}"]
-        made = subprocess.run([*command, f"--workdir={folder.parent}"])
-        if made.returncode:
-            parser.exit(made.returncode, f"error: relevance: {folder} could not be made, see above\n")
+        with subprocess.Popen([*command, f"--workdir={folder.parent}"]) as making:
+            before = signal.signal(signal.SIGTERM, lambda number, frame: making.send_signal(number))  # it saves first
+            status = making.wait()
+            signal.signal(signal.SIGTERM, before)
+        if status:
+            parser.exit(status, f"error: relevance: {folder} is not made, see above\n")
 
     try:
         settings = read_settings(config)

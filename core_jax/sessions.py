@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from afrl_jax.data.clips_catalogue import SERIES, TOPIC_OF_SERIES, TOPICS, Clip, random_clip, render_document
+from afrl_jax.data.clips_catalogue import SERIES, TOPIC_OF_SERIES, TOPICS, Clip, pick, random_clip, render_document
 from afrl_jax.data.clips_near_misses import build_clip
 from afrl_jax.data.clips_queries import (
     GENERIC_NOUNS,
@@ -48,6 +48,7 @@ CLICK = (0.01, 0.04, 0.3, 0.9)
 GLANCE = (0.02, 0.06, 0.1, 0.02)
 GOES_ON = 0.95  # from one result to the next; half as likely after a click on what was wanted
 _PERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if grade == 3)
+_IMPERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if 0 < grade < 3)
 _SUBJECTS = ("topic", "series", "category", "creator")
 
 NEW_SERIES_FIRST = "neon quartz cobalt ivory granite tidal hazel lunar arctic velour maple onyx".split()
@@ -112,7 +113,7 @@ class SimulatedSession:
     intent: Intent
     grades: Mapping[str, int]
     drift: Drift
-    next_query: str = ""  # typed where the searcher gave up: it says the whole intent
+    next_query: str = ""  # typed where the searcher gave up: the words typed before, and more of what is meant
 
 
 def simulate(
@@ -154,7 +155,8 @@ def _simulate_one(
 
     watched = None if rng.random() < 0.05 else _watched(rng, intent)
     kept = _kept(rng, intent, has_context=watched is not None)
-    query = misspell_one(drift.query(render_query(kept, rng, 0.0), rng), rng, 0.25)
+    typed = render_query(kept, rng, 0.0)
+    query = misspell_one(drift.query(typed, rng), rng, 0.25)
     results = [document(_result(rng, intent, kept), f"s{place}") for place in range(shown)]
     actions = _actions(rng, [grades[result.doc_id] for result in results])
     last = max((place for place, action in enumerate(actions) if action is Action.CLICK), default=-1)
@@ -170,7 +172,7 @@ def _simulate_one(
         FIRST_WEEK + (week + rng.random()) * WEEK,
         changed_query=gave_up,
     )
-    next_query = drift.query(render_query(intent, rng, 0.0), rng) if gave_up else ""
+    next_query = drift.query(render_query(_more(rng, intent, kept), rng, 0.0, typed), rng) if gave_up else ""
     return SimulatedSession(session, intent, grades, drift, next_query)
 
 
@@ -209,13 +211,22 @@ def _kept(rng: np.random.Generator, intent: Intent, *, has_context: bool) -> Int
             return Intent(kept)
 
 
+def _more(rng: np.random.Generator, intent: Intent, kept: Intent) -> Intent:
+    """What is typed after giving up: what was said, the subject, and at least one thing that was left out."""
+    left_out = [constraint for constraint in intent.constraints if constraint not in kept.constraints]
+    added = {c for c in left_out if c.attribute in _SUBJECTS or rng.random() < 0.5}
+    added = added or {pick(rng, left_out)}
+    return Intent(tuple(c for c in intent.constraints if c in kept.constraints or c in added))
+
+
 def _result(rng: np.random.Generator, intent: Intent, kept: Intent) -> Clip:
-    """What the engine of that time found for the words typed: now and then what was meant, mostly what was said."""
+    """What the engine of that time found: now and then what was meant, mostly what was said, at times what is near the
+    clip just watched and misses a thing that was meant, said or not."""
     draw = rng.random()
     if draw < 0.9:
-        wanted = intent if draw < 0.15 else kept
-        for place in rng.permutation(len(_PERFECT)):
-            clip = build_clip(rng, wanted, _PERFECT[place], difficulty=0.0)
+        wanted, rules = (intent, _IMPERFECT) if draw < 0.3 else (intent if draw < 0.45 else kept, _PERFECT)
+        for place in rng.permutation(len(rules)):
+            clip = build_clip(rng, wanted, rules[place], difficulty=0.0)
             if clip is not None:
                 return clip
     return random_clip(rng)

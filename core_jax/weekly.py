@@ -4,7 +4,9 @@
 
 The world drifts from week to week, and incidents are planted in the weeks that the config names. What the gate decides
 is what happens; what other gates would have said of the same candidates, and what the independent judge sees, which no
-gate may, stands beside every verdict. A finished week is skipped; a killed one is done again and ends the same.
+gate may, stands beside every verdict. The gate measures with the relevance model that the run began with: one that
+measures with the model that rewarded a candidate cannot see that model's own bias. A finished week is skipped; a killed
+one is done again and ends the same.
 
 In the run's folder: registry/ (core_jax.registry), weeks/<number>/report.html, weeks/report.html (the gates as
 detectors), rewrites.sqlite and rewrites.key (the store that core_jax.serve reads).
@@ -101,13 +103,15 @@ class Weekly:
         candidate = self._candidate(number, incumbent, incident, relevance)
         after = self._rewriter(incident.damage(candidate, number) if incident.damage else candidate)
         following = self.following[number]
-        evaluated = [evaluate(rewriter, following, relevance, self.settings.reward) for rewriter in (before, after)]
+        # By the relevance model that the run began with: one that has gone wrong cannot be asked whether it has.
+        trusted = self.recipe.deployed
+        evaluated = [evaluate(rewriter, following, trusted, self.settings.reward) for rewriter in (before, after)]
         measured = [self._measurements(following.contexts, each) for each in evaluated]
         first = measured[0]
         if incumbent != (version := self._first_version()):
             rewriter = Rewriter.load(self.registry.path(version), dtype=self.settings.dtype)
             first = self._measurements(
-                following.contexts, evaluate(rewriter, following, relevance, self.settings.reward)
+                following.contexts, evaluate(rewriter, following, trusted, self.settings.reward)
             )
         verdicts = {
             gate_name: gate.decide(

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+BLOCK = 1 << 22  # counts that are made and multiplied together
+
 
 class Figure(NamedTuple):
     """A figure and its 95% percentile interval."""
@@ -28,10 +30,22 @@ class Difference(NamedTuple):
     p: float
 
 
-def multiplicities(clusters: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each cluster is drawn, float [resamples, clusters]; the same seed and clusters draw the same."""
-    draws = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-    return draws.astype(float)
+class Resamples:
+    """How often each cluster is drawn in each resample; the same seed and clusters draw the same.
+
+    `resamples @ sums` weighs sums by cluster, [Q] or [Q, K] -> [R] or [R, K]. Q counts of a byte are kept a resample, and
+    a block of resamples at a time is made and multiplied, so that 100,000 queries take megabytes and not gigabytes.
+    """
+
+    def __init__(self, clusters: int, seed: int, resamples: int):
+        random, even = np.random.default_rng(seed), np.full(clusters, 1 / clusters)
+        rows = max(1, BLOCK // clusters)
+        sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+        # No count passes 255: a cluster is drawn once on average.
+        self._blocks = [random.multinomial(clusters, even, size=size).astype(np.uint8) for size in sizes]
+
+    def __matmul__(self, sums: np.ndarray) -> np.ndarray:
+        return np.concatenate([block.astype(float) @ sums for block in self._blocks])
 
 
 def interval(value: float, drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

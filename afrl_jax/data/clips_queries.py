@@ -272,15 +272,18 @@ def sample_intent(rng: np.random.Generator, needed: frozenset[str] = frozenset()
 _CORE_ORDER = {"creator": 0, "topic": 1, "category": 1, "series": 1, "season": 2, "episode": 3}
 
 
-def render_query(intent: Intent, rng: np.random.Generator, difficulty: float = 1.0) -> str:
+def render_query(intent: Intent, rng: np.random.Generator, difficulty: float = 1.0, said: str = "") -> str:
     """One natural wording of the intent, lower case, at most MAXIMUM_WORDS words.
 
-    `difficulty` scales the chance of a misspelling (at 1: one word in about a sixth of the queries).
+    Args:
+        difficulty: scales the chance of a misspelling (at 1: one word in about a sixth of the queries).
+        said: words used before; a constraint found there is said in the same way again.
     """
     places: dict[str, list[str]] = {"before": [], "core": [], "noun": [], "after": []}
     for constraint in sorted(intent.constraints, key=lambda constraint: _CORE_ORDER.get(constraint.attribute, 4)):
         options = phrases(constraint)
         place, words = options[0] if rng.random() < 0.4 else pick(rng, options)
+        place, words = next((option for option in options if option[1] in said), (place, words))
         places[place].append(words)
     if not places["noun"] and (not places["core"] or rng.random() < 0.4):
         places["noun"].append(pick(rng, GENERIC_NOUNS))

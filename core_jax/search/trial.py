@@ -18,7 +18,7 @@ from afrl_jax.ranking_metrics import exponential_gain
 from afrl_jax.schema import Document
 from core_jax.search.engine import Response
 from core_jax.sessions import CLICK, GOES_ON, Drift, SimulatedSession
-from lm_jax.bootstrap import Difference, Figure, interval, multiplicities, two_sided_p
+from lm_jax.bootstrap import Difference, Figure, Resamples, interval, two_sided_p
 
 CUTOFF = 10
 DISCOUNT = 1 / np.log2(np.arange(CUTOFF) + 2)
@@ -125,18 +125,19 @@ def compare(
     `worst` is the lowest b - a of any search, of `change_query` the highest. Figures that no search defines are absent.
     """
     _, cluster = np.unique(list(queries), return_inverse=True)
-    multiplicity = multiplicities(cluster.max() + 1, seed, resamples)
+    count = cluster.max() + 1
+    drawn_queries = Resamples(count, seed, resamples)
     found = {}
     for name in MEANINGS:
         on = np.isfinite(a[name]) & np.isfinite(b[name])
         if not on.any():
             continue
-        sizes = np.bincount(cluster[on], minlength=multiplicity.shape[1])
+        sizes = np.bincount(cluster[on], minlength=count)
         drawn = {}
         for side, values in (("a", a[name]), ("b", b[name])):
-            sums = np.bincount(cluster[on], values[on], minlength=multiplicity.shape[1])
+            sums = np.bincount(cluster[on], values[on], minlength=count)
             with np.errstate(invalid="ignore"):  # a resample may hold none of these searches
-                drawn[side] = (multiplicity @ sums) / (multiplicity @ sizes)
+                drawn[side] = (drawn_queries @ sums) / (drawn_queries @ sizes)
         means = {side: float(values[name][on].mean()) for side, values in (("a", a), ("b", b))}
         change = drawn["b"] - drawn["a"]
         gain = means["b"] - means["a"]

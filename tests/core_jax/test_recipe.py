@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
 from core_jax.settings import read_settings
 from lm_jax.config_file import read_config
+from sharding.distributed import PREEMPTED
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("start", "phase1", "phase2")
@@ -220,3 +222,20 @@ def test_what_is_wrong_is_said_before_any_work(relevance_folder, tmp_path, argum
     with pytest.raises((ValueError, OSError), match=message):
         recipe_of(relevance_folder, tmp_path / "run", argument)
     assert not (tmp_path / "run").exists()
+
+
+def test_told_to_stop_the_run_that_makes_the_relevance_model_saves_and_stops_too(tmp_path):
+    made = tmp_path / "smoke"
+    command = [sys.executable, "-m", "core_jax.main", f"--config={REPOSITORY / 'configs/core_smoke.py'}"]
+    command += [f"--workdir={tmp_path / 'core'}", f"--config.relevance={made / 'export'}"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    while not (made / "log.jsonl").exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.1)
+    running.terminate()
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == PREEMPTED, said
+    assert any((made / "checkpoints").iterdir()), "the step that ran is saved"
+    assert not (made / "export").exists()
+    commands = [path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(str(made).encode() in each for each in commands), "nobody goes on without the parent"
