@@ -131,7 +131,8 @@ def parse_answer(text: str, labels: Sequence[str]) -> Parsed | None:
     if verdict not in labels or not (rule.isascii() and rule.isdigit()) or str(int(rule)) != rule:
         return None
     try:
-        need, facts, verdicts = zip(*(check.split(" | ") for check in matches.split("; ")), strict=True)
+        checks = [check.split(" | ") for check in matches.split("; ")] if matches else []
+        need, facts, verdicts = zip(*checks, strict=True) if checks else ((), (), ())
         explanation = Explanation(need, facts, tuple(Match(word) for word in verdicts), int(rule))
     except ValueError:
         return None

@@ -21,7 +21,7 @@ from afrl_jax.label_step import trace_step
 from afrl_jax.rollouts import prompt_width, rollout_row_shape
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, Stage
 from afrl_jax.stage_steps import stage_objective, stage_step
-from lm_jax import train_state
+from lm_jax import lora, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import abstract
 from lm_jax.plan_programs import on_mesh, planned_shape, sampling, training
@@ -41,7 +41,8 @@ class Lengths:
     @classmethod
     def of(cls, settings: Settings) -> Lengths:
         """At most 512 tokens of instruction and query, documents and answers as long as the config lets them be."""
-        rows = min((stage.row_tokens for stage in settings.stages), default=1024)
+        # Rows of RL are as long as their prompts and answers, whatever its row_tokens.
+        rows = min((stage.row_tokens for stage in settings.stages if not isinstance(stage, RLStage)), default=4096)
         answer = min(settings.evaluation.max_new_tokens, rows // 4)
         query = min(512, rows // 4)
         return cls(query, min(settings.max_document_tokens, rows - query - answer), answer)
@@ -156,4 +157,7 @@ def scoring(
 
 def _state(stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:
     transformation, _ = stage_step(stage, config, stage_objective(stage)[0], (0,), settings)
-    return train_state.abstract_state(abstract(config, mesh), transformation)
+    weights = lora.abstract_attached(
+        config, rank=stage.lora_rank, targets=stage.lora_targets, dtype=settings.dtype, mesh=mesh
+    )
+    return train_state.abstract_state(weights, transformation)

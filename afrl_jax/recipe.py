@@ -30,7 +30,7 @@ from afrl_jax.report import write_report
 from afrl_jax.rollouts import RolloutSource, repeat_updates
 from afrl_jax.schema import Judgment
 from afrl_jax.scoring import RelevanceModel
-from afrl_jax.settings import DistillStage, EvolveStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
+from afrl_jax.settings import DistillStage, EvolveStage, ModelSettings, RLStage, Settings, Stage, TextStage
 from afrl_jax.stage_steps import stage_objective, stage_step
 from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
@@ -120,11 +120,10 @@ class Recipe:
         config = self.inputs.shapes[stage.model]
         parameters = self._parameters_after(before) if before else self._start(stage.model)
         self.held = None
-        if stage.lora_rank:
-            parameters = lora.attach(
-                config, parameters, rank=stage.lora_rank, targets=stage.lora_targets, seed=self.settings.seed,
-                dtype=self.settings.dtype, mesh=self.mesh,
-            )  # fmt: skip
+        parameters = lora.attach(
+            config, parameters, rank=stage.lora_rank, targets=stage.lora_targets, seed=self.settings.seed,
+            dtype=self.settings.dtype, mesh=self.mesh,
+        )  # fmt: skip
         objective, batch_at, coefficients = self._objective(name, stage, config, parameters)
         transformation, step = stage_step(stage, config, objective, self.format.label_ids, self.settings)
         if isinstance(stage, RLStage) and stage.kl:
@@ -141,8 +140,9 @@ class Recipe:
             log=log,
             save_every=stage.save_every,
             mesh=self.mesh,
+            together=stage.updates if isinstance(stage, RLStage) else 1,
         )
-        parameters = lora.merge(state.parameters, config=config) if stage.lora_rank else state.parameters
+        parameters = lora.merge(state.parameters, config=config)
         seconds = round(preparing + log.seconds(name), 1)
         self.run.finish(name, {"seconds": seconds, "steps": stage.steps}, parameters)
         self.held = (name, parameters)
@@ -219,6 +219,7 @@ class Recipe:
                 return {"seconds": round(time.monotonic() - began, 1), "pairs": len(prompts)}
 
             self.run.once(f"teacher_labels.{source}", label)
+        self.held = None  # the student is trained without the teacher in memory
 
     # --- instructions ----------------------------------------------------------------------------------------------
 
@@ -252,14 +253,14 @@ class Recipe:
     # --- measuring -------------------------------------------------------------------------------------------------
 
     def _evaluated_stages(self) -> dict[str, str]:
-        """Name in the report -> stage: the last SFT stage, the last RL stage, the last stage of the student."""
+        """Name in the report -> stage: the last SFT and the last RL stage in their order, then the student's last."""
         found = {}
         for name, stage in self.stages.items():
-            if stage.model == "teacher" and isinstance(stage, SFTStage | RLStage):
-                found["rl" if isinstance(stage, RLStage) else "sft"] = name
-            elif stage.model == "student" and not isinstance(stage, TextStage):
-                found["student"] = name
-        return found
+            if not isinstance(stage, TextStage):
+                key = stage.model if stage.model == "student" else "rl" if isinstance(stage, RLStage) else "sft"
+                found.pop(key, None)
+                found[key] = name
+        return dict(sorted(found.items(), key=lambda item: item[0] == "student"))
 
     def _evaluate(self, name: str, stage_name: str) -> Evaluated:
         stage = self.stages[stage_name]

@@ -84,7 +84,10 @@ def read(source: str | Path) -> dict[str, Any] | None:
     file = folder / NAME
     if folder.is_file() or not file.exists():
         return None
-    description = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
     if description.get("format_version") != FORMAT_VERSION:
         version = description.get("format_version")
         raise ValueError(f"{file}: format_version is {version!r}, this program reads {FORMAT_VERSION}")
@@ -92,7 +95,10 @@ def read(source: str | Path) -> dict[str, Any] | None:
         description["decision"] = {"threshold": description.pop("threshold"), "divisor": None}
     if missing := [key for key in REQUIRED if key not in description]:
         raise ValueError(f"{file}: {', '.join(missing)} is missing")
-    checksum = Template(**description["template"]).checksum
+    try:
+        checksum = Template(**description["template"]).checksum
+    except TypeError as error:
+        raise ValueError(f"{file}: template: {error}") from error
     if checksum != description["template_checksum"]:
         raise ValueError(
             f"{file}: template_checksum is {description['template_checksum']}, but the template gives {checksum}: "

@@ -126,7 +126,7 @@ def _plots(
         "Loss",
         "Nats a token; the policy loss of RL has no unit. Each stage has its own objective: compare within a panel.",
         "loss",
-        {"loss", "sft_aux/loss"}.__contains__,
+        {"loss", "sft/label", "sft/explanation"}.__contains__,
     )
     yield series(
         "rewards",
@@ -144,8 +144,8 @@ def _plots(
     )
     yield Plot(
         "dead_groups",
-        "Groups without variance, by rule frequency",
-        "A group whose rollouts all earn the same reward teaches nothing.",
+        "Groups without a right grade, by rule frequency",
+        "Where no rollout of a prompt has the right grade, its rewards say nothing of it.",
         report_plots.dead_group_rows(records, frequency),
         report_plots.draw_dead_groups,
     )

@@ -26,7 +26,7 @@ CALIBRATION_COLORS = {"before": "#A0A0A0", "after": "#3F1F7D"}
 
 
 def dead_group_rows(records: Sequence[Mapping[str, Any]], rule_frequency: Mapping[int, float]) -> Rows:
-    """One row a step and rule: the share of the rule's groups whose rewards had no variance, so taught nothing."""
+    """One row a step and rule: the share of the rule's groups of which no rollout had the right grade."""
     prefix = "dead_groups/"
     return [
         {
@@ -52,7 +52,7 @@ def draw_dead_groups(rows: Rows) -> Picture:
             of_rule, of_step = _means(members, "rule", "dead_share"), _means(members, "step", "dead_share")
             by_rule.bar([rules.index(rule) for rule in of_rule], of_rule.values(), color=color)
             smoothed(by_step, list(of_step), list(of_step.values()), BUCKET_MEANING[bucket], color)
-    by_rule.set(title="Mean over training", xlabel="rule number, most frequent first", ylabel="groups without variance")
+    by_rule.set(title="Mean over training", xlabel="rule number, most frequent first", ylabel="groups, none right")
     by_rule.set_xticks(range(len(rules)), rules, fontsize=8)
     by_rule.grid(axis="x", visible=False)
     by_step.set(title="Over training", xlabel="step", ylim=(0, 1.02))

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 Row = Mapping[str, Any]
 TABLE_ROWS = 4096  # of a Parquet row group
+LARGEST_INTEGER = 2**53  # that a float can stand for, and all below it
 
 
 class ResumableRows:
@@ -72,7 +73,7 @@ class ResumableRows:
     def finish(self) -> None:
         """Give the output its name, and the side file if there are bad rows; then forget what resuming needs.
 
-        Killed in between, the next start finds every chunk done and finishes again.
+        Killed before the output is complete, the next start finds every chunk done and finishes again.
         """
         for file in self._files:
             file.close()
@@ -85,6 +86,8 @@ class ResumableRows:
                 shutil.copyfile(source, temporary)
             _keep(temporary)
             temporary.replace(target)
+        if not self.bad_rows:
+            self.bad.unlink(missing_ok=True)  # an earlier job's
         self._progress.unlink()
         self._partial.unlink()
         self._bad_partial.unlink()
@@ -94,17 +97,22 @@ def write_parquet(source: Path, target: Path) -> None:
     """JSON lines as a Parquet file, a group of rows at a time in memory.
 
     A column's type is what all its values have in common, with integers and floats together as floats; a column whose
-    values have no common type is written as JSON text.
+    values have no common type, or one that Parquet lacks, is written as JSON text.
     """
     import pyarrow
     import pyarrow.parquet
 
     types: dict[str, pyarrow.DataType] = {}
+    no_floats = set()
     for rows in _groups(source):
         for name in dict.fromkeys(name for row in rows for name in row):
-            types[name] = _common(types.get(name, pyarrow.null()), [row.get(name) for row in rows])
+            values = [row.get(name) for row in rows]
+            types[name] = _common(types.get(name, pyarrow.null()), values)
+            if any(isinstance(value, int) and abs(value) > LARGEST_INTEGER for value in values):
+                no_floats.add(name)
+    types |= {name: None for name in no_floats if types[name] == pyarrow.float64()}
     as_text = {name for name, kind in types.items() if kind is None}
-    schema = pyarrow.schema([(name, kind or pyarrow.string()) for name, kind in types.items()])
+    schema = pyarrow.schema([(name, pyarrow.string() if kind is None else kind) for name, kind in types.items()])
     with pyarrow.parquet.ParquetWriter(target, schema) as writer:
         for rows in _groups(source):
             for row in rows:
@@ -120,8 +128,10 @@ def _common(kind: Any, values: list[Any]) -> Any:
         return None
     try:
         found = [pyarrow.schema([("", some)]) for some in (kind, pyarrow.array(values).type)]
-        return pyarrow.unify_schemas(found, promote_options="permissive").field(0).type
-    except pyarrow.ArrowException:
+        common = pyarrow.unify_schemas(found, promote_options="permissive").field(0).type
+        empty = pyarrow.types.is_struct(common) and not common.num_fields
+        return None if empty else common
+    except (pyarrow.ArrowException, OverflowError):
         return None
 
 

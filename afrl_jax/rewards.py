@@ -4,7 +4,7 @@
     label         1[y_0 = gold]; graded arm: 1 - |y_0 - gold| / range
     match         share of the constraints (the gold's or the answer's, whichever are more) named with the right verdict
     rule          1[rule in gold rules]
-    consistency   1[verdict = y_0] * 1[the named rule allows y_0]
+    consistency   1[verdict = y_0] * 1[the named rule allows y_0]; without a rulebook the first factor alone
 
 There is no credit for good prose under a wrong label beyond these. A segment for which the data have no gold has reward
 NaN: no advantage, no loss. "Strict rule-based" is the AFRL abstract's (arXiv 2602.10006); the values are ours.
@@ -48,8 +48,10 @@ def segment_rewards(
     said = dict(zip(answer.need, answer.verdicts, strict=True))
     rewards[LABEL] = label_reward(parsed.label, judgment.grade, len(instruction.scale), graded)
     right = [said.get(need) == verdict for need, verdict in zip(gold.need, gold.verdicts, strict=True)]
-    rewards[MATCH] = sum(right) / max(len(gold.need), len(answer.need))
+    named = max(len(gold.need), len(answer.need))
+    rewards[MATCH] = sum(right) / named if named else 1.0
     rewards[RULE] = float(answer.rule in (judgment.rules or (gold.rule,)))
     rule = instruction.rule(answer.rule)
-    rewards[CONSISTENCY] = float(parsed.verdict == parsed.label and rule is not None and parsed.label in rule.grades)
+    allowed = not instruction.rules or (rule is not None and parsed.label in rule.grades)
+    rewards[CONSISTENCY] = float(parsed.verdict == parsed.label and allowed)
     return rewards

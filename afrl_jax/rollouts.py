@@ -157,7 +157,9 @@ class RolloutSource:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         index, count = self._share
         mine = slice(len(rows) // count * index, len(rows) // count * (index + 1))
-        inputs = (tokens[mine], lengths[mine], np.asarray(rows, np.uint32)[mine])
+        earlier = [list(rows[:place]).count(row) for place, row in enumerate(rows)]  # one of few may come again
+        identities = np.asarray(rows, np.uint32) + np.asarray(earlier, np.uint32) * len(self.judgments)
+        inputs = (tokens[mine], lengths[mine], identities[mine])
         inputs = distributed.place_batch(inputs, self.mesh)
         drawn = sample(
             parameters,

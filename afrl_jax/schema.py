@@ -55,6 +55,8 @@ class Explanation:
                 f"an explanation has one fact and one verdict for each constraint; got {len(self.need)} constraints, "
                 f"{len(self.facts)} facts, {len(self.verdicts)} verdicts"
             )
+        if self.rule < 0:
+            raise ValueError(f"a rule is numbered from 0 on; got {self.rule}")
         for phrase in (*self.need, *self.facts):
             if not phrase or not {"\n", ";", "|"}.isdisjoint(phrase):
                 raise ValueError(f"a constraint or fact is a phrase without newline, ';' or '|'; got {phrase!r}")

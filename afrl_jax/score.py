@@ -99,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         total = -(-(stop - start) // CHUNK)
         for chunk in run_log.progress(chunks(rows), "scoring", total, start=done // CHUNK):
             out.append(*score_chunk(model, chunk, args.include_prompt_ids, args.explain))
+        distributed.barrier("scored")  # who ends early ends the others, and what is finished cannot be gone on with
         out.finish()
+        distributed.barrier("finished")
     run_log.say(f"{out.rows:,} pairs scored: {output}")
     if out.bad_rows:
         run_log.say(f"{out.bad_rows:,} rows are no pairs; they are, each with its reason, in {out.bad}")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from afrl_jax import relevance_file
 from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
+from afrl_jax.data.tables import as_text
 from afrl_jax.decision import MOST_PROBABLE, Decision
 from afrl_jax.explanations import explanations
 from afrl_jax.label_scorer import LabelScorer
@@ -153,7 +154,7 @@ class RelevanceModel:
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
     ) -> np.ndarray | list[float] | float:
-        """Calibrated expected grade in [0, 1] of each pair, float64 [N]; of one pair (two strings), a scalar.
+        """Calibrated expected grade in [0, 1] of each pair, float64 [N]; of one pair alone, a scalar.
 
         Args:
             inputs: pairs (query, document), each a string, a schema object, or for a document a dictionary {title,
@@ -163,7 +164,7 @@ class RelevanceModel:
             show_progress_bar: whether to show one, with the time left.
             convert_to_numpy: False gives a list of floats.
         """
-        single = len(inputs) == 2 and all(isinstance(part, str | Query | Document) for part in inputs)
+        single = len(inputs) == 2 and all(isinstance(part, str | Query | Document | dict) for part in inputs)
         probabilities = self.predict_proba(
             [inputs] if single else inputs, batch_size=batch_size, show_progress_bar=show_progress_bar
         )
@@ -274,6 +275,10 @@ def _document(document: Any) -> Document:
     if isinstance(document, Document):
         return document
     if isinstance(document, dict):
-        fields = {name: str(value) for name, value in document.items() if name not in ("title", "text")}
-        return Document("", document.get("title", ""), document.get("text", ""), fields)
+        given = {name: value for name, value in document.items() if value is not None}
+        fields = {name: as_text(value) for name, value in given.items() if name not in ("title", "text")}
+        for name, text in fields.items():
+            if text is None:
+                raise ValueError(f"document: {name} must be text, a number, a date or a list of these: {given[name]!r}")
+        return Document("", given.get("title", ""), given.get("text", ""), fields)
     return Document("", document)

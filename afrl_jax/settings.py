@@ -82,7 +82,7 @@ class RLStage(Stage):
     """Stepwise-GRPO with the SFT auxiliary loss (`afrl_jax.stepwise_grpo`, `afrl_jax.rollouts`)."""
 
     prompts_from: str = ""  # names in `data`
-    experts_from: str = ""
+    experts_from: str = ""  # not read where rollouts.gated: then the prompts' own answers are the experts
     rollouts: RolloutSettings = dataclasses.field(default_factory=RolloutSettings)
     updates: int = 1  # gradient steps on the same rollouts
     clip_low: float = 0.2
@@ -220,7 +220,7 @@ def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
             loss = {key: getattr(supervised[-1], key) for key in weights if hasattr(supervised[-1], key)}
             return SFTStage(**{**fields, "kind": "sft"}, mixture=mixture, **loss)
         if control == "last" and isinstance(stage, RLStage):
-            kept = ("prompts_from", "experts_from", "rollouts")
+            kept = ("prompts_from", "experts_from", "rollouts", "arm")
             return dataclasses.replace(stage, **{key: getattr(reinforced[-1], key) for key in kept})
         return stage
 
@@ -233,6 +233,8 @@ def _check_models(settings: Settings) -> None:
     one_of("kernels", settings.kernels, ("auto", *implementation.NAMES))
     for key in ("test", "calibration"):
         _judged(f"evaluation.{key}", getattr(settings.evaluation, key), settings)
+    if settings.evaluation.test == settings.evaluation.calibration:
+        raise ValueError(f"evaluation.test and evaluation.calibration are both {settings.evaluation.test!r}")
     at_least(0, "evaluation.", settings.evaluation, "explained_pairs")
     at_least(1, "evaluation.", settings.evaluation, "max_new_tokens", "resamples")
     at_least(1, "", settings, "max_document_tokens", "vocabulary")
@@ -251,8 +253,9 @@ def _check_models(settings: Settings) -> None:
     for place, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
         if isinstance(stage, DistillStage) and ("teacher" not in trained[:place] or "teacher" in trained[place:]):
             raise ValueError(f"{name}: distillation comes after the teacher's last stage")
-        if stage.model == "student" and settings.student.cut and "teacher" not in trained[:place]:
-            raise ValueError(f"{name}: student.cut cuts the trained teacher, so a stage of the teacher comes first")
+        teachers = [other for other, model in zip(settings.stage_names, trained, strict=True) if model == "teacher"]
+        if stage.model == "student" and settings.student.cut and not (teachers and "teacher" not in trained[place:]):
+            raise ValueError(f"{name}: student.cut cuts the trained teacher, so all stages of the teacher come first")
 
 
 def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
@@ -262,10 +265,13 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
     one_of(f"{name}.optimizer_dtype", stage.optimizer_dtype, Settings.DTYPES)
     for target in stage.lora_targets:
         one_of(f"{name}.lora_targets", target, LORA_TARGETS)
+    if not stage.lora_targets:
+        raise ValueError(f"{name}.lora_targets is empty; known are {', '.join(LORA_TARGETS)}")
     if stage.lora_rank and stage.optimizer == "muon":
         raise ValueError(f"{name}: adapters (lora_rank) are trained with adamw; muon is for models from scratch")
     counts = ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every")
     at_least(1, f"{name}.", stage, *counts)
+    at_least(0, f"{name}.", stage, "lora_rank", "weight_decay", "balance", "final_learning_rate")
     for key in ("learning_rate", "clip"):
         if getattr(stage, key) <= 0:
             raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")
@@ -327,6 +333,7 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
     one_of(f"{name}.arm", stage.arm, LAMBDA_ARMS)
     one_of(f"{name}.rollouts.label", rollouts.label, ("sampled", "exact"))
     at_least(1, f"{name}.", stage, "updates")
+    at_least(0, f"{name}.", stage, "kl", "sft_weight", "sft_weight_end", "clip_low", "clip_high")
     at_least(1, f"{name}.rollouts.", rollouts, "prompts", "pool", "max_new_tokens")
     at_least(2, f"{name}.rollouts.", rollouts, "group")
     at_least(0, f"{name}.rollouts.", rollouts, "expert_rows")
@@ -336,6 +343,11 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
         raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
     if stage.arm == "rehearsal" and not stage.experts_from:
         raise ValueError(f"{name}: arm 'rehearsal' needs experts_from, whose answers the model rehearses")
+    if not rollouts.gated and bool(rollouts.expert_rows) != bool(stage.experts_from):
+        raise ValueError(
+            f"{name}: rollouts.expert_rows ({rollouts.expert_rows}) are rows of experts_from, {stage.experts_from!r}; "
+            "give both, or 0 and ''"
+        )
     if (stage.arm == "gated") != rollouts.gated:
         raise ValueError(f"{name}: arm 'gated' and rollouts.gated go together")
 

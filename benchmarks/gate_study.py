@@ -4,8 +4,8 @@
   python -m benchmarks.gate_study --workdir=runs/gate_smoke --config=configs/core_smoke.py --quick
 
 Trains the rewriter of the config (by default the quickstart's) for one phase, so that the weeks have something left to
-gain, then redeploys weekly with drift, trained on 800 sessions and judged on 1,500 each. Every incident of `core_jax.incidents` is
-planted, two of them for two weeks, the other weeks are clean. Leaves weeks/report.html in the
+gain, then redeploys weekly with drift, trained on 800 sessions and judged on 1,500 each. Every incident of
+`core_jax.incidents` is planted, two of them for two weeks, the other weeks are clean. Leaves weeks/report.html in the
 workdir, and with --output=FILE.md the study as a page with its picture beside it. Checked at the end: what was in
 production after each week is what the gate's decisions say, by the registry's log. Prints one line of JSON last.
 """

@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "texts": {"format": "clips_text", "split": "train", "texts": 30000},
                 "grades": {**clips, "split": "train", "queries": 3000, "rule_balance": 0.3, "explained": False},
-                "explained": {**clips, "split": "train", "queries": 1000, "rule_balance": 0.3},
+                "explained": {**clips, "split": "train", "queries": 3000, "rule_balance": 0.3},
                 "practice": {**clips, "split": "train", "queries": 500},
                 "expert": {**clips, "split": "train", "queries": 500, "rule_balance": 1.0},
                 "calibration": {**clips, "split": "dev", "queries": 100},
@@ -64,9 +64,10 @@ def get_config() -> ConfigDict:
                 "schedule": "linear", "arm": "decay", "save_every": 10,
                 "rollouts": {"prompts": 8, "group": 8, "max_new_tokens": 64, "expert_rows": 4},
             },
-            "student_text": {**text, "model": "student", "steps": 600},
+            "student_text": {**text, "model": "student", "steps": 900},
             "distill": {
-                "kind": "distill", "mixture": mixture, "steps": 1200, "learning_rate": 1e-3, "model": "student",
+                "kind": "distill", "mixture": {"grades": 0.45, "explained": 0.45, "texts": 0.1},
+                "steps": 1200, "learning_rate": 1e-3, "model": "student",
                 "explanation_weight": 0.6, **pairs,
             },
             "evaluation": {"explained_pairs": 256, "max_new_tokens": 64},

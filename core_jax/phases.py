@@ -30,7 +30,7 @@ from core_jax.relevance import Relevance
 from core_jax.sampler import Rewrites, Sampler
 from core_jax.schema import SearchSession
 from core_jax.settings import Settings, TrainSettings
-from lm_jax import optimizer, run_log
+from lm_jax import lora, optimizer, run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.rows import Group, RowShape, plan_rows, render_row, stack
@@ -218,13 +218,15 @@ class Phase:
         """The policy after `mpo.steps` steps on the pairs."""
         settings = self.settings.mpo
         transformation = make_optimizer(self.inputs.shape, settings, settings.steps)
+        parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them, the caller's stay
+        parameters = adapted(parameters, settings, self.inputs, self.settings, self.seed)
         dataset = batches.row_batches(
             [(groups, 1.0)], self._shape, rows=settings.rows, branches_together=2, seed=self.seed
         )
         weights = dict(zip(mpo.TERMS, settings.weights, strict=True))
         state = fit(
             stage=self.name,
-            state=mpo.create(jax.tree.map(lambda x: x.copy(), parameters), transformation),
+            state=mpo.create(parameters, transformation),
             step=mpo.make_step(
                 self.inputs.shape, transformation, beta=settings.beta, delta=settings.delta,
                 micro_batches=settings.micro_batches, dtype=self.settings.dtype, remat=self.settings.remat,
@@ -237,7 +239,7 @@ class Phase:
             save_every=settings.save_every,
             mesh=self.inputs.mesh,
         )  # fmt: skip
-        return state.parameters
+        return lora.merge(state.parameters, config=self.inputs.shape)
 
 
 def reference_logprobs(
@@ -257,6 +259,16 @@ def reference_logprobs(
         used_BQ = number_BQ > 0
         found[number_BQ[used_BQ] - 1] = np.asarray(logprobs_BQ2)[used_BQ]
     return found
+
+
+def adapted(
+    parameters: Parameters, stage: TrainSettings, inputs: Inputs, settings: Settings, seed: int
+) -> Parameters:
+    """What the stage trains: the parameters, or adapters on them."""
+    return lora.attach(
+        inputs.shape, parameters, rank=stage.lora_rank, targets=stage.lora_targets, seed=seed, dtype=settings.dtype,
+        mesh=inputs.mesh,
+    )  # fmt: skip
 
 
 def make_optimizer(shape: DecoderConfig, stage: TrainSettings, steps: int):

@@ -22,7 +22,7 @@ from core_jax import grpo, mpo
 from core_jax.inputs import padded
 from core_jax.phases import make_optimizer
 from core_jax.settings import Settings, TrainSettings
-from lm_jax import run_log, train_state
+from lm_jax import lora, run_log, train_state
 from lm_jax.config import PRESETS, DecoderConfig
 from lm_jax.parameters import abstract
 from lm_jax.plan_programs import planned_shape, rows_on_mesh, sampling, training
@@ -101,7 +101,7 @@ def _mpo(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Prog
         "tokens",
     )
     transformation = make_optimizer(config, stage, stage.steps)
-    state = train_state.abstract_state(parameters, transformation)
+    state = _state(stage, settings, config, mesh)
     scalar = jax.ShapeDtypeStruct((), np.float32)
     yield training(
         "phase: update",
@@ -118,7 +118,7 @@ def _grpo(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Pro
     """Rewrites are drawn at every step, with the optimizer in memory."""
     stage = settings.grpo
     prompt = _prompt(settings, stage.row_tokens, stage.group)
-    state = train_state.abstract_state(abstract(config, mesh), make_optimizer(config, stage, 1))
+    state = _state(stage, settings, config, mesh)
     held = {"weights": state.parameters, "optimizer": state.optimizer}
     yield from _drawing("grpo", settings, config, mesh, stage.rows, stage.group, prompt, held)
     objective, shape = grpo.objective(settings), grpo.row_shape(settings)
@@ -147,5 +147,12 @@ def _update(
             remat=remat,
         )  # fmt: skip
 
-    state = train_state.abstract_state(abstract(config, mesh), transformation)
+    state = _state(stage, settings, config, mesh)
     return training(name, make_step, state, shape, stage.rows, dict.fromkeys(terms, 1.0), mesh)
+
+
+def _state(stage: TrainSettings, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:
+    weights = lora.abstract_attached(
+        config, rank=stage.lora_rank, targets=stage.lora_targets, dtype=settings.dtype, mesh=mesh
+    )
+    return train_state.abstract_state(weights, make_optimizer(config, stage, 1))

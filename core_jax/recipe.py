@@ -21,14 +21,14 @@ from afrl_jax.sft import TERMS as SFT_TERMS
 from core_jax import grpo
 from core_jax.evaluation import Evaluated, evaluate
 from core_jax.inputs import Inputs, open_inputs
-from core_jax.phases import Phase, make_optimizer
+from core_jax.phases import Phase, adapted, make_optimizer
 from core_jax.relevance import BM25Relevance, DeployedRelevance, Relevance
 from core_jax.report import write_report
 from core_jax.rewriter import Rewriter, export_weights
 from core_jax.sampler import InProcess, Sampler, Server
 from core_jax.schema import SearchSession
 from core_jax.settings import Settings, TrainSettings
-from lm_jax import run_log, train_state
+from lm_jax import lora, run_log, train_state
 from lm_jax.parameters import Parameters, abstract, initialize
 from lm_jax.run_folder import RunFolder, refuse_other_config
 from lm_jax.token_loss import Objective
@@ -180,6 +180,7 @@ class Recipe:
         self.held = None
         settings, shape = self.settings, self.inputs.shape
         transformation = make_optimizer(shape, stage, steps)
+        parameters = adapted(parameters, stage, self.inputs, settings, settings.seed)
         state = fit(
             stage=name,
             state=train_state.create(parameters, transformation),
@@ -196,9 +197,10 @@ class Recipe:
             mesh=self.inputs.mesh,
         )  # fmt: skip
         seconds = round(log.seconds(name), 1)
-        self.run.finish(name, {"seconds": seconds, "steps": steps}, state.parameters)
+        parameters = lora.merge(state.parameters, config=shape)
+        self.run.finish(name, {"seconds": seconds, "steps": steps}, parameters)
         run_log.say(f"{name}: {steps} steps in {seconds:.0f} s")
-        return state.parameters
+        return parameters
 
     # --- measuring -------------------------------------------------------------------------------------------------
 

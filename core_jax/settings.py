@@ -20,6 +20,7 @@ from core_jax.mpo import DELTAS, NORMALIZATIONS
 from core_jax.ratio_reward import RewardSettings
 from kernels import implementation
 from lm_jax.decoder import REMAT
+from lm_jax.lora import TARGETS as LORA_TARGETS
 from lm_jax.optimizer import OPTIMIZERS, SCHEDULES
 from lm_jax.typed_config import at_least, one_of, read_fields
 
@@ -45,6 +46,8 @@ class TrainSettings:
     row_tokens: int = 256
     micro_batches: int = 1
     optimizer: str = "adamw"
+    lora_rank: int = 0  # above 0 only adapters of this rank are trained (`lm_jax.lora`), merged when the stage ends
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     learning_rate: float = 1e-5
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps
@@ -221,6 +224,13 @@ def _check_training(name: str, stage: TrainSettings) -> None:
     one_of(f"{name}.schedule", stage.schedule, SCHEDULES)
     one_of(f"{name}.optimizer", stage.optimizer, OPTIMIZERS)
     at_least(1, f"{name}.", stage, "rows", "row_tokens", "micro_batches", "save_every")
+    at_least(0, f"{name}.", stage, "lora_rank", "weight_decay", "final_learning_rate")
+    if not stage.lora_targets:
+        raise ValueError(f"{name}.lora_targets is empty; known are {', '.join(LORA_TARGETS)}")
+    for target in stage.lora_targets:
+        one_of(f"{name}.lora_targets", target, LORA_TARGETS)
+    if stage.lora_rank and stage.optimizer == "muon":
+        raise ValueError(f"{name}: adapters (lora_rank) are trained with adamw; muon is for models from scratch")
     for key in ("learning_rate", "clip"):
         if getattr(stage, key) <= 0:
             raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 class Resamples:
     """How often each cluster is drawn in each resample; the same seed and clusters draw the same.
 
-    `resamples @ sums` weighs sums by cluster, [Q] or [Q, K] -> [R] or [R, K]. Q counts of a byte are kept a resample, and
+    `resamples @ sums` weighs sums by cluster, [Q] or [Q, K] -> [R] or [R, K]. A resample keeps Q counts of a byte, and
     a block of resamples at a time is made and multiplied, so that 100,000 queries take megabytes and not gigabytes.
     """
 

@@ -45,7 +45,7 @@ class Checkpoints:
 
     def restore(self, step: int, like: Any) -> Any:
         """The state at `step`, with the shapes and shardings of `like` (arrays or ShapeDtypeStructs)."""
-        return self._checkpointer.load(step, jax.tree.map(_abstract, like))
+        return self._checkpointer.load(step, jax.tree.map(abstract_array, like))
 
     def close(self) -> None:
         """Wait for writes and let go of the folder."""
@@ -59,10 +59,10 @@ def save_tree(folder: Path, tree: Any) -> None:
 
 def load_tree(folder: Path, like: Any) -> Any:
     """Read what `save_tree` wrote, with the shapes and shardings of `like`."""
-    return ocp.load(folder.absolute(), jax.tree.map(_abstract, like))
+    return ocp.load(folder.absolute(), jax.tree.map(abstract_array, like))
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+def abstract_array(x: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and place of `x`; without one on a mesh, all of the mesh, or else the first device.
 
     Never the place where it lay when it was written: that may have been another mesh.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lm_jax.config import DecoderConfig
-from lm_jax.parameters import Parameter, Parameters, table
+from lm_jax.parameters import Parameter, Parameters, abstract, table
 from sharding import rules
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
@@ -53,11 +53,15 @@ def attach(
 ) -> Parameters:  # fmt: skip
     """The model with fresh float32 adapters; its own matrices, frozen from here on, are kept in `dtype`.
 
+    With rank 0 it is returned as it is.
+
     Raises:
         ValueError: a target that is no matrix of a layer.
     """
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise ValueError(f"lora_targets: {', '.join(unknown)} unknown; known are {', '.join(TARGETS)}")
+    if not rank:
+        return parameters
     rows = adapter_table(config, rank, targets)
 
     def draw() -> Parameters:
@@ -69,9 +73,26 @@ def attach(
         return drawn
 
     places = None if mesh is None else {n: rules.sharding(mesh, row.axes, row.shape) for n, row in rows.items()}
-    matrices = {name for name, row in table(config).items() if row.decayed}
-    frozen = {name: x.astype(dtype) if name in matrices else x for name, x in parameters.items()}
+    frozen = {name: x.astype(dtype) if table(config)[name].decayed else x for name, x in parameters.items()}
     return frozen | jax.jit(draw, out_shardings=places)()
+
+
+def abstract_attached(
+    config: DecoderConfig, *, rank: int, targets: Collection[str], dtype: str, mesh: Mesh | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `attach` makes of a float32 model, as ShapeDtypeStructs with shardings."""
+    if not rank:
+        return abstract(config, mesh)
+    kept = {
+        name: jax.ShapeDtypeStruct(x.shape, dtype if table(config)[name].decayed else x.dtype, sharding=x.sharding)
+        for name, x in abstract(config, mesh).items()
+    }
+    return kept | {
+        name: jax.ShapeDtypeStruct(
+            row.shape, jnp.float32, sharding=mesh and rules.sharding(mesh, row.axes, row.shape)
+        )
+        for name, row in adapter_table(config, rank, targets).items()
+    }
 
 
 def merged_layer(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -84,11 +105,15 @@ def merged_layer(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return merged
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def merge(parameters: Parameters, *, config: DecoderConfig) -> Parameters:
     """A float32 model without adapters that computes the same; export and every later stage read it."""
+    return parameters if len(trained(parameters)) == len(parameters) else _merge(parameters, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _merge(parameters: Parameters, config: DecoderConfig) -> Parameters:
     rows = table(config)
     whole = {name: x.astype(jnp.float32) for name, x in parameters.items()}
     layers = {name: x for name, x in whole.items() if name not in rows or rows[name].stacked}
     merged = jax.vmap(lambda weights: merged_layer(weights))(layers)
-    return {name: merged.get(name, whole[name]) for name in rows}
+    return {name: rules.constrain(merged.get(name, whole[name]), row.axes) for name, row in rows.items()}

@@ -8,11 +8,15 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+
+# What an exchange with a process that is gone says: a status of the collective or coordination service.
+_LOST = re.compile("UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|FAILED_PRECONDITION|[Gg]loo")
 
 STOPPED = "stopped; the same command continues from the newest checkpoint\n"
 STOPPING = "SIGTERM: the running step is finished and saved first\n"
@@ -100,8 +104,8 @@ def ending_as_told(parser: argparse.ArgumentParser, *failures: type[Exception]) 
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):  # what a lost process makes of an exchange
-            traceback.print_exc()
+        traceback.print_exc()
+        if not _LOST.search(str(error)) or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
             os._exit(1)
         reason = f"{error}\nprocess {jax.process_index()}: the run cannot go on without the others; {STOPPED}"
         os.write(2, reason.encode())

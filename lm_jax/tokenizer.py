@@ -18,7 +18,8 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 class Tokenizer:
-    """Text to token ids and back. No special token is ever added.
+    """Text to token ids and back. No special token is ever added, and none is read out of a text: what a document
+    says of "<|endoftext|>" is letters.
 
     Attributes:
         bos, eos, pad: ids of the special tokens, None where there is none; without a padding token `pad` is `eos`.
@@ -27,6 +28,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]):
         self._tokenizer, self._settings = tokenizer, settings
+        tokenizer.encode_special_tokens = True
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos, pad = (self._special(name) for name in ("bos_token", "eos_token", "pad_token"))
         self.pad = self.eos if pad is None else pad
@@ -58,6 +60,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that a chat template made, in which special tokens are meant as such."""
+        reader = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        return [encoding.ids for encoding in reader.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included; ids beyond the tokenizer's vocabulary have no text."""

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from lm_jax import run_log
-from lm_jax.checkpoint import Checkpoints
+from lm_jax.checkpoint import Checkpoints, abstract_array
 from lm_jax.train_state import Step, TrainState
 from sharding import distributed
 
@@ -41,12 +41,17 @@ def fit(
     log: run_log.RunLog,
     save_every: int,
     mesh: Mesh | None = None,
+    together: int = 1,
 ) -> TrainState:
-    """Train from `state` to step `steps`, resuming from the newest checkpoint in `folder`.
+    """Train from `state`, whose arrays are given up, to step `steps`, resuming from the newest checkpoint in `folder`.
 
     Batches and coefficients are functions of the step number (and of the state, where rollouts are drawn from it), so a
     resumed run sees what the uninterrupted one would have seen. Records carry the `seconds` that the stage has taken,
     those before a resume included.
+
+    Args:
+        together: steps that share what was drawn from the state before the first of them. Told to stop, the loop ends
+            after the last of them; `save_every` must be a multiple of it.
 
     Raises:
         NonFiniteLoss: names the stage, the step and the last good checkpoint.
@@ -57,7 +62,9 @@ def fit(
     for name in checkpoints.cut_short:
         run_log.say(f"{stage}: the checkpoint {name} was cut short and is not used")
     if saved is not None:
-        state = checkpoints.restore(saved, state)
+        like = jax.tree.map(abstract_array, state)
+        jax.tree.map(lambda x: x.delete(), state)  # two states at a time would need more memory than training does
+        state = checkpoints.restore(saved, like)
         run_log.say(f"{stage}: resumed at step {saved}")
     start = saved or 0
     good = saved
@@ -91,7 +98,7 @@ def fit(
                 record(*pending)
             pending = (number, metrics, host, tokens)
             done = number + 1
-            stopping = distributed.stop.wanted(done)
+            stopping = distributed.stop.wanted() and done % together == 0
             if (done % save_every == 0 and done < steps) or stopping:
                 record(*pending)  # never keep a state whose loss was not looked at
                 pending = None

@@ -126,6 +126,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._told = threading.Event()
+        self._asked = 0
 
     def listen(self, said: Callable[[], None]) -> None:
         """Take over SIGTERM; `said` is called when it comes."""
@@ -143,10 +144,12 @@ class Stop:
 
         signal.signal(signal.SIGTERM, hear)
 
-    def wanted(self, step: int) -> bool:
-        """Whether to save after this step and end; every process gets the same answer for the same step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def wanted(self) -> bool:
+        """Whether to save and end. To be asked after every step: all processes get the same answer then."""
+        if jax.process_count() > 1 and not self._told.is_set():
+            self._asked += 1  # jax agrees on a number to come, so numbers may not begin anew with a stage
+            if multihost_utils.reached_preemption_sync_point(self._asked):
+                self._told.set()
         return self._told.is_set()
 
 

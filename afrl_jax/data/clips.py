@@ -55,27 +55,21 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
-from afrl_jax.data.clips_catalogue import SERIES, TOPICS, Clip, catalogue, render_document
+from afrl_jax.data.clips_catalogue import Clip, catalogue, render_document
 from afrl_jax.data.clips_near_misses import build_clip, has_room
-from afrl_jax.data.clips_queries import SPLITS, render_query, split_intent
+from afrl_jax.data.clips_queries import SPLITS, combination_held_out, render_query, split_intent
 from afrl_jax.data.clips_rules import NATURAL_WEIGHT, NEEDED_ATTRIBUTES, RULES, Decision, Intent, evidence, judge
 from afrl_jax.data.clips_texts import domain_texts
 from afrl_jax.schema import Explanation, Instruction, Judgment, Query, Scale
 
-# The commonest misses and plain successes: training shows these for every topic and series.
-_HEAD_RULES = frozenset(rule.number for rule in RULES if rule.text in (
-    "another series than the one named", "a topic of another category", "another topic of the same category"
-) or rule.grades == (3,))  # fmt: skip
 __all__ = [
     "catalogue", "domain_texts", "instruction", "is_held_out", "judge", "judged", "judgments", "query_case",
     "query_group", "render_document", "render_query",
 ]  # fmt: skip
-_ENTITIES = frozenset((*TOPICS, *SERIES))
 _ATTEMPTS = 100  # to find an intent that a rule can decide
 
 
@@ -85,11 +79,6 @@ def instruction() -> Instruction:
     return Instruction("grade how well the clip answers the query; the first rule that applies decides", scale, RULES)
 
 
-@functools.cache
-def _combination_held_out(entity: str, rule: int) -> bool:
-    return entity in _ENTITIES and rule not in _HEAD_RULES and zlib.crc32(f"{entity}/{rule}".encode()) % 10 == 0
-
-
 def is_held_out(judgment: Judgment) -> bool:
     """Whether training never shows this combination of the query's topic or series and the deciding rule."""
     if judgment.explanation is None:
@@ -97,7 +86,7 @@ def is_held_out(judgment: Judgment) -> bool:
             f"judgment of {judgment.query.query_id!r} has no explanation, so its topic and rule are not known"
         )
     entities = (need.removeprefix("topic ").removeprefix("series ") for need in judgment.explanation.need)
-    return any(_combination_held_out(entity, judgment.explanation.rule) for entity in entities if entity in _ENTITIES)
+    return any(combination_held_out(entity, judgment.explanation.rule) for entity in entities)
 
 
 @functools.cache
@@ -126,7 +115,7 @@ def _decided_clips(
     """Clips for one query without end; with a focus rule most of them are decided by it."""
     while True:
         rule = focus if focus and rng.random() < 0.8 * rule_balance else _draw_rule(rng, intent, rule_balance)
-        if split == "train" and _combination_held_out(intent.entity, rule):
+        if split == "train" and combination_held_out(intent.entity, rule):
             continue
         clip = build_clip(rng, intent, rule, difficulty)
         if clip is not None:
@@ -154,7 +143,7 @@ def query_case(
 
 
 def _reachable(rng: np.random.Generator, split: str, intent: Intent, rule: int, difficulty: float) -> bool:
-    if split == "train" and _combination_held_out(intent.entity, rule):
+    if split == "train" and combination_held_out(intent.entity, rule):
         return False
     return build_clip(rng, intent, rule, difficulty) is not None
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from afrl_jax.data import clips
 from afrl_jax.data.clips_near_misses import flip_one
+from afrl_jax.data.clips_queries import combination_held_out
 from afrl_jax.schema import Judgment, Query
 
 
@@ -28,8 +29,12 @@ def judgments(
         left = documents_per_query // 2
         for place, (clip, decision) in enumerate(sorted(pairs, key=lambda pair: not pair[1].conflict)):
             other = flip_one(rng, intent, clip) if left else None
-            if other is not None:
-                left -= 1
-                name = f"{query.query_id}-contrast-{place}"
-                yield clips.judged(query, intent, clip, decision, name)
-                yield clips.judged(query, intent, other, clips.judge(intent, other), f"{name}-flipped")
+            if other is None:
+                continue
+            flipped = clips.judge(intent, other)
+            if split == "train" and combination_held_out(intent.entity, flipped.rule):
+                continue
+            left -= 1
+            name = f"{query.query_id}-contrast-{place}"
+            yield clips.judged(query, intent, clip, decision, name)
+            yield clips.judged(query, intent, other, flipped, f"{name}-flipped")

@@ -27,10 +27,15 @@ from afrl_jax.data.clips_catalogue import (
     YEARS,
     pick,
 )
-from afrl_jax.data.clips_rules import ATTRIBUTES, Constraint, Intent
+from afrl_jax.data.clips_rules import ATTRIBUTES, RULES, Constraint, Intent
 
 SPLITS = ("train", "dev", "test")
 _SPLIT_OF_BUCKET = ("train",) * 8 + ("dev", "test")
+_ENTITIES = frozenset((*TOPICS, *SERIES))
+# The commonest misses and plain successes: training shows these for every topic and series.
+_HEAD_RULES = frozenset(rule.number for rule in RULES if rule.text in (
+    "another series than the one named", "a topic of another category", "another topic of the same category"
+) or rule.grades == (3,))  # fmt: skip
 MAXIMUM_WORDS = 14
 LENGTHS = ("under 5", "under 10", "under 20", "over 10", "over 20")
 _EXCLUDABLE_FEATURES = ("ads", "music", "swearing", "spoilers")
@@ -302,6 +307,12 @@ def render_query(intent: Intent, rng: np.random.Generator, difficulty: float = 1
 def split_of_intent(intent: Intent) -> str:
     """The split to which every query with this intent belongs: eight parts train, one dev, one test."""
     return _SPLIT_OF_BUCKET[zlib.crc32(intent.key.encode()) % len(_SPLIT_OF_BUCKET)]
+
+
+@functools.cache
+def combination_held_out(entity: str, rule: int) -> bool:
+    """Whether training never shows this topic or series with this deciding rule."""
+    return entity in _ENTITIES and rule not in _HEAD_RULES and zlib.crc32(f"{entity}/{rule}".encode()) % 10 == 0
 
 
 def split_intent(

@@ -27,8 +27,8 @@ import numpy as np
 
 from afrl_jax.answer_format import EVIDENCE, Template, render_explanation
 from afrl_jax.data.clips_catalogue import Clip, pick, random_clip, render_document
-from afrl_jax.data.clips_queries import SPLITS, misspell_one, phrases, values
-from afrl_jax.data.clips_rules import ATTRIBUTES, Constraint, Intent, check, evidence, judge
+from afrl_jax.data.clips_queries import SPLITS, combination_held_out, misspell_one, phrases, split_of_intent, values
+from afrl_jax.data.clips_rules import ATTRIBUTES, Constraint, Decision, Intent, check, evidence, judge
 from afrl_jax.schema import DomainText, Explanation, Match
 
 _UNASKED = 2  # fields at most
@@ -58,11 +58,21 @@ def _attributes(rng: np.random.Generator, clip: Clip, count: int) -> list[str]:
     return chosen if "topic" in chosen or rng.random() < 0.7 else ["topic", *chosen[1:]]
 
 
-def _pieces(rng: np.random.Generator, size: int) -> Iterator[str]:
-    clip = random_clip(rng)
-    constraints = [_some_constraint(rng, clip, name) for name in _attributes(rng, clip, 1 + int(rng.random() * size))]
-    intent = Intent(tuple(sorted(constraints, key=lambda constraint: ATTRIBUTES.index(constraint.attribute))))
-    decision = judge(intent, clip)
+def _case(rng: np.random.Generator, split: str, size: int) -> tuple[Clip, list[Constraint], Intent, Decision]:
+    """A clip and what is asked of it, as named; drawn until it is one of the split's."""
+    while True:
+        clip = random_clip(rng)
+        names = _attributes(rng, clip, 1 + int(rng.random() * size))
+        constraints = [_some_constraint(rng, clip, name) for name in names]
+        intent = Intent(tuple(sorted(constraints, key=lambda constraint: ATTRIBUTES.index(constraint.attribute))))
+        decision = judge(intent, clip)
+        shown = split != "train" or not combination_held_out(intent.entity, decision.rule)
+        if shown and split_of_intent(intent) == split:
+            return clip, constraints, intent, decision
+
+
+def _pieces(rng: np.random.Generator, split: str, size: int) -> Iterator[str]:
+    clip, constraints, intent, decision = _case(rng, split, size)
     document, template = render_document(clip), Template()
     said = evidence(intent.constraints, decision.verdicts, document.fields)
     unasked = [name for name, found in said.items() if found is None]
@@ -85,7 +95,8 @@ def _pieces(rng: np.random.Generator, size: int) -> Iterator[str]:
 
 
 def domain_texts(seed: int, split: str, count: int, size: int = 4) -> Iterator[DomainText]:
-    """`count` texts of 10 to 100 words; text number i depends on the other arguments and i alone.
+    """`count` texts of 10 to 100 words; text number i depends on the other arguments and i alone. Like judgments, texts
+    of one split share no intent with those of another, and those for training leave out what is held out.
 
     The verdict of each field (an aside), the grade and its explanation are learned, all else is given.
 
@@ -99,4 +110,4 @@ def domain_texts(seed: int, split: str, count: int, size: int = 4) -> Iterator[D
     for index in range(count):
         key = np.random.SeedSequence((seed, 1 + len(SPLITS) + SPLITS.index(split), index))
         rng = np.random.Generator(np.random.Philox(key))
-        yield DomainText(tuple(_pieces(rng, size)), asides=True)
+        yield DomainText(tuple(_pieces(rng, split, size)), asides=True)

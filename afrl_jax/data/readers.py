@@ -256,7 +256,8 @@ def _pair(row: Row) -> Pair:
     values = {"title": row.value("title", ""), "text": row.value("text", "")}
     if described == ["document"]:
         document = row.value("document")
-        values = {"title": ""} | (document if isinstance(document, dict) else {"text": row.text("document")})
+        inner = document if isinstance(document, dict) else {"text": row.text("document")}
+        values = {"title": ""} | {field: value for field, value in inner.items() if value is not None}
     query = Query(row.identifier("query_id", ""), row.filled_text("query"), row.text("context", ""))
     carried = {field: value for field, value in row.values.items() if field not in _PAIR_FIELDS}
     described_row = dataclasses.replace(row, values={"doc_id": row.identifier("doc_id", ""), **values})

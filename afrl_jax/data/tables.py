@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,9 @@ class Row:
 
     def weight(self, field: str, default: float) -> float:
         value = self.value(field, default)
+        if isinstance(value, str):  # a cell of a CSV file
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise self.error(field, f"must be a finite number of at least 0, got {value!r}")
         return float(value)
@@ -158,7 +162,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     """Streams the rows of a .jsonl, .jsonl.gz, .parquet or .csv (with a header) file, in file order.
 
     What is no row (invalid JSON, a wrong number of cells, a damaged archive) goes to `problems`, as does an empty file;
-    blank lines hold nothing and are passed over.
+    blank lines hold nothing and are passed over. An empty cell of a .csv file is absent.
     """
     if _parser(path) and not path.is_file():
         problems.add(FileError([f"{path}: no such file"]))
@@ -247,6 +251,7 @@ def _parquet_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataErr
 
 def _csv_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
     line = 0
+    csv.field_size_limit(sys.maxsize)
     try:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, strict=True)
@@ -256,7 +261,7 @@ def _csv_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
                 if cells is None:
                     return
                 if len(cells) == len(header):
-                    yield Row(path, line, dict(zip(header, cells, strict=True)))
+                    yield Row(path, line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
                 elif cells:
                     yield DataError([f"{path}:{line}: {len(cells)} cells, but the header names {len(header)}"])
     except (csv.Error, UnicodeDecodeError) as error:

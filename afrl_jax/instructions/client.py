@@ -30,18 +30,21 @@ from lm_jax.sample import sample
 from lm_jax.tokenizer import Tokenizer
 
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+_OF_THE_PROMPT = (400, 413, 422)  # it is too long, or of a kind that the server will not answer
+_ALL_REFUSED = 10  # prompts refused from the first on: it is not they that are wrong
 _LARGEST_ANSWER = 8 << 20  # bytes
 _TEMPLATE_TOKENS = 64  # that a chat template may add to a prompt, for the reservation
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever a server asks for
 
 
 class Completion(NamedTuple):
-    """An answer: its text, whether it was cut off at `max_tokens`, and what it took."""
+    """An answer: its text, whether it was cut off at `max_tokens`, and what it took; or why this prompt gets none."""
 
     text: str
     truncated: bool
     prompt_tokens: int
     completion_tokens: int
+    refused: str = ""
 
 
 class LanguageModel(Protocol):
@@ -58,11 +61,20 @@ class LanguageModelError(RuntimeError):
 
 
 class _Attempt(Exception):
-    """One attempt failed; unless it is `final`, another may do better. `known` is what it cost, where that is known."""
+    """One attempt failed; unless it is `final`, another may do better. `known` is what it cost, where that is known;
+    `of_prompt`: other prompts may well be answered."""
 
-    def __init__(self, message: str, *, wait: float | None = None, known: Spent | None = None, final: bool = False):
+    def __init__(
+        self,
+        message: str,
+        *,
+        wait: float | None = None,
+        known: Spent | None = None,
+        final: bool = False,
+        of_prompt: bool = False,
+    ):
         super().__init__(message)
-        self.wait, self.known, self.final = wait, known, final
+        self.wait, self.known, self.final, self.of_prompt = wait, known, final, of_prompt
 
 
 class ChatClient:
@@ -109,10 +121,11 @@ class ChatClient:
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[Completion]:
-        """See `LanguageModel`.
+        """See `LanguageModel`. A prompt that the server will not answer gets a completion that is `refused`.
 
         Raises:
-            LanguageModelError: names the status or what happened at the last attempt. Answers that came stay cached.
+            LanguageModelError: names the status or what happened at the last attempt, where that is no matter of one
+                prompt: all of them are refused, or the first ten. Answers that came stay cached.
             BudgetExceeded: before the call that could cost more than what is left.
         """
         bodies = {
@@ -131,8 +144,13 @@ class ChatClient:
             concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool,
         ):
             waiting = {prompt: pool.submit(self._answer, http, body) for prompt, body in bodies.items()}
+            found: list[Completion] = []
             try:
-                return [waiting[prompt].result() for prompt in prompts]
+                for prompt in prompts:
+                    found.append(waiting[prompt].result())
+                    if len(found) == min(len(bodies), _ALL_REFUSED) and all(one.refused for one in found):
+                        raise LanguageModelError(found[0].refused)
+                return found
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -152,6 +170,8 @@ class ChatClient:
                 self.budget.settle(reserved, failed.known)
                 if failed.final or attempt + 1 == self._attempts:
                     message = self._without_key(f"{self._url}: {failed} (attempt {attempt + 1} of {self._attempts})")
+                    if failed.of_prompt:
+                        return Completion("", False, 0, 0, message)
                     raise LanguageModelError(message) from None
                 backoff = self._first_wait * 2**attempt * random.uniform(0.5, 1.0)
                 self._sleep(min(failed.wait or backoff, _LONGEST_WAIT))
@@ -192,7 +212,13 @@ class ChatClient:
         text = b"".join(parts).decode("utf-8", "replace")
         if response.status_code != 200:
             wait, final = _seconds(response.headers.get("retry-after")), response.status_code not in _TRY_AGAIN
-            raise _Attempt(f"status {response.status_code}: {_short(text)}", wait=wait, known=nothing, final=final)
+            raise _Attempt(
+                f"status {response.status_code}: {_short(text)}",
+                wait=wait,
+                known=nothing,
+                final=final,
+                of_prompt=response.status_code in _OF_THE_PROMPT,
+            )
         return _completion(text, most, max_tokens)
 
     def _without_key(self, text: str) -> str:
@@ -211,7 +237,7 @@ def _completion(text: str, most: int, max_tokens: int) -> Completion:
     except (ValueError, TypeError, LookupError, AttributeError):
         raise _Attempt(f"malformed answer: {_short(text)}") from None
     if not isinstance(content, str):
-        raise _Attempt(f"malformed answer, its content is no text: {_short(text)}")
+        raise _Attempt(f"malformed answer, its content is no text: {_short(text)}", of_prompt=True)
     return Completion(content, choice.get("finish_reason") == "length", *counts)
 
 
@@ -262,7 +288,7 @@ class LocalModel:
         """See `LanguageModel`; a prompt's answer is drawn from (seed, prompt), whatever stands beside it."""
         eos = self._tokenizer.eos
         texts = [self._template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
+        encoded = [np.array(ids, np.int32) for ids in self._tokenizer.encode_chat(texts)]
         found: list[Completion] = []
         for start in range(0, len(encoded), self._rows):
             some = encoded[start : start + self._rows]

@@ -113,6 +113,14 @@ def test_anything_else_does_not_parse(text):
     assert parse_answer(text, LABELS) is None
 
 
+def test_an_explanation_may_rest_on_its_rule_alone():
+    explanation = Explanation((), (), (), 7)
+    parsed = parse_answer("1" + render_explanation(explanation, "1"), ("0", "1"))
+    assert (parsed.label, parsed.explanation, parsed.verdict) == (1, explanation, 1)
+    with pytest.raises(ValueError, match="numbered from 0 on; got -3"):
+        Explanation((), (), (), -3)
+
+
 def test_what_parses_is_spelled_in_one_way_only():
     """Every answer one edit away is refused, or is itself the exact spelling of another answer."""
     edits = {ANSWER[:i] + ANSWER[i + 1 :] for i in range(len(ANSWER))}

@@ -18,7 +18,7 @@ from afrl_jax import batch_plan, recipe
 from afrl_jax.data import clips
 from afrl_jax.data.readers import write_judgments
 from afrl_jax.label_scorer import CPU_BATCH_TOKENS
-from afrl_jax.settings import read_settings
+from afrl_jax.settings import DistillStage, RLStage, SFTStage, TextStage, read_settings
 from lm_jax.checkpoint import load_tree
 from lm_jax.config import DecoderConfig
 from lm_jax.config_file import read_config
@@ -218,3 +218,16 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert list(checkpoint.iterdir())
     assert [record["step"] for record in records(tmp_path / "run")] == [0]
     assert not (tmp_path / "run/stages/sft/done.json").exists()
+
+
+def test_what_is_exported_is_what_the_last_stage_left_the_student_before_all():
+    def evaluated(*stages: tuple[str, str, str]) -> dict[str, str]:
+        kinds = {"sft": SFTStage, "rl": RLStage, "distill": DistillStage, "text": TextStage}
+        made = recipe.Recipe.__new__(recipe.Recipe)
+        made.stages = {name: kinds[kind](kind=kind, model=model) for name, kind, model in stages}
+        return made._evaluated_stages()
+
+    again = evaluated(("sft", "sft", "teacher"), ("rl", "rl", "teacher"), ("sft2", "sft", "teacher"))
+    assert list(again.items()) == [("rl", "rl"), ("sft", "sft2")]
+    early = evaluated(("small", "sft", "student"), ("text", "text", "student"), ("sft", "sft", "teacher"))
+    assert list(early.items()) == [("sft", "sft"), ("student", "small")]

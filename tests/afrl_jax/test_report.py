@@ -30,7 +30,7 @@ def training_log():
             "stage": "rl",
             "step": step,
             "loss": None if step == 3 else 0.1,
-            "sft_aux/loss": 0.3,
+            "sft/label": 0.3,
             "reward": 0.5 + step / 100,
             "rewards/label": 0.6,
             "entropy": 0.4,
@@ -81,7 +81,7 @@ def test_series_hold_the_logged_values(full):
     loss = {(row["stage"], int(row["step"]), row["series"]): float(row["value"]) for row in rows_of(folder, "loss")}
     wanted = {("sft", step, "loss"): 2 / step for step in range(1, 41)}
     wanted |= {("rl", step, "loss"): 0.1 for step in (1, 2, 4, 5, 6)}  # not finite at step 3
-    wanted |= {("rl", step, "sft_aux/loss"): 0.3 for step in range(1, 7)}
+    wanted |= {("rl", step, "sft/label"): 0.3 for step in range(1, 7)}
     assert loss == wanted
     assert {row["series"] for row in rows_of(folder, "rewards")} == {"reward", "rewards/label"}
     assert {row["series"] for row in rows_of(folder, "entropy")} == {"entropy", "first_token/entropy"}

@@ -128,3 +128,31 @@ def test_parquet_has_the_types_that_all_rows_share(tmp_path, monkeypatch):
     assert found[0]["note"]["a"] == 1 and found[2]["note"]["b"] == "c"
     assert lines(tmp_path / "scores.parquet.bad.jsonl") == [{"row": 9, "reason": "bad"}]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        ([2**63 + 5, 1], [str(2**63 + 5), "1"]),
+        ([2**53 + 1, 0.5], [str(2**53 + 1), "0.5"]),
+        ([0.5, 2**53 + 1], ["0.5", str(2**53 + 1)]),
+        ([1, 0.5], [1.0, 0.5]),
+        ([{}, {}], ["{}", "{}"]),
+    ],
+)
+def test_parquet_writes_what_it_has_no_type_for_as_json_text(tmp_path, monkeypatch, values, read):
+    """Also where the values stand in different groups of rows."""
+    for rows_together in (1, 4096):
+        monkeypatch.setattr(resumable_rows, "TABLE_ROWS", rows_together)
+        done = ResumableRows(tmp_path / "scores.parquet", JOB)
+        done.append([{"id": value} for value in values], [])
+        done.finish()
+        assert pyarrow.parquet.read_table(tmp_path / "scores.parquet")["id"].to_pylist() == read
+
+
+def test_bad_rows_of_an_earlier_job_do_not_stay(tmp_path):
+    for bad in ([{"row": 1}], []):
+        done = ResumableRows(tmp_path / "scores.jsonl", JOB)
+        done.append(chunk(0), bad)
+        done.finish()
+        assert (tmp_path / "scores.jsonl.bad.jsonl").exists() == bool(bad)

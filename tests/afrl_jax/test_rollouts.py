@@ -196,6 +196,13 @@ def test_dead_groups_are_counted_by_deciding_rule(format, monkeypatch):
     assert metrics["frac_reward_zero_std"] == 1.0  # no explanation parses: every reward is 0
 
 
+def test_a_pair_that_comes_twice_in_a_step_is_answered_twice(format):
+    drawn = source(format, JUDGMENTS[:1], [], prompts=2, group=4, expert_rows=0)
+    first, second = drawn.sample(state_of(format).parameters, [0, 0], 0).tokens
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(drawn.sample(state_of(format).parameters, [0], 0).tokens[0], first)
+
+
 def test_a_group_without_variance_gives_exactly_no_gradient(format, monkeypatch):
     drawn = source(format, JUDGMENTS[:1], [], prompts=1, group=4, expert_rows=0)
     samples = answers_of(format, drawn, [["0", "1", "2", "3"]])  # nothing parses

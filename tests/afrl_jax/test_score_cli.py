@@ -16,6 +16,7 @@ from afrl_jax import score
 from afrl_jax.calibration import Calibration
 from afrl_jax.data.readers import read_pairs
 from afrl_jax.decision import MOST_PROBABLE
+from sharding import distributed
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 ROWS = [
@@ -171,6 +172,8 @@ def test_each_process_scores_its_own_rows(export, tmp_path, monkeypatch, parts):
     rows = [{"i": i, "query": "robots", "title": "chess " * (i % 5 + 1)} for i in range(10)] + [{"query": 3}]
     source = write(tmp_path / "pairs.jsonl", rows)
     monkeypatch.setattr(jax, "process_count", lambda: parts)
+    waits = []
+    monkeypatch.setattr(distributed, "barrier", waits.append)
     found = []
     for part in range(parts):
         monkeypatch.setattr(jax, "process_index", lambda part=part: part)
@@ -181,6 +184,7 @@ def test_each_process_scores_its_own_rows(export, tmp_path, monkeypatch, parts):
     assert [row["i"] for part in found for row in part] == list(range(10))
     assert np.sum([row["probabilities"] for part in found for row in part]) == pytest.approx(10)
     assert len(list(tmp_path.glob("*.bad.jsonl"))) == 1
+    assert waits == ["scored", "finished"] * parts  # none ends before the others, whom it would take with it
 
 
 def test_parquet_comes_in_as_well(export, tmp_path):

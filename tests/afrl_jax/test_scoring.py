@@ -1,8 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 
+from afrl_jax import scoring
 from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
+from afrl_jax.data.readers import read_pairs
 from afrl_jax.decision import MOST_PROBABLE, Decision
 from afrl_jax.schema import Document, Query
 from lm_jax.decoder import Decoder
@@ -53,6 +57,18 @@ def test_predict_has_the_shapes_of_a_cross_encoder(model, pairs):
     with_fields = model.predict([("chess", {"title": "Chess openings", "text": "For kids", "minutes": 24})])
     document = Document("", "Chess openings", "For kids", {"minutes": "24"})
     assert with_fields.shape == (1,) and with_fields[0] == model.predict((Query("", "chess"), document))
+
+
+def test_a_dictionary_is_the_document_that_the_readers_make_of_it(model, tmp_path):
+    given = {"title": "Ball", "brand": None, "live": True, "sizes": [1, 2]}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"query": "ball", "document": given}) + "\n")
+    (pair,) = read_pairs(file)
+    assert scoring._document(given) == pair.document
+    assert scoring._document({"title": None, "text": "red"}) == Document("", "", "red")
+    assert model.predict(("ball", given)) == model.predict([("ball", given)])[0]
+    with pytest.raises(ValueError, match="document: size must be text"):
+        model.predict([("ball", {"title": "Ball", "size": {"cm": 3}})])
 
 
 def test_nothing_to_score_is_no_error(model):

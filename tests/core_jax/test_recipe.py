@@ -21,6 +21,7 @@ from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
 from core_jax.settings import read_settings
 from lm_jax.config_file import read_config
+from lm_jax.parameters import abstract
 from sharding.distributed import PREEMPTED
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -199,6 +200,20 @@ def test_online_grpo_spends_the_same_rewards(relevance_folder, tmp_path):
         assert {"reward", "reward_std", "frac_reward_zero_std", "policy", "completions/mean_length"} <= record.keys()
         assert record["sampler_logprob_gap"] < 1e-4 and not any(key.startswith("first_token/") for key in record)
     assert facts(tmp_path / "run", "grpo")["steps"] == len(found)
+
+
+def test_with_adapters_a_phase_changes_their_targets_by_matrices_of_their_rank(relevance_folder, tmp_path):
+    adapters = ("--config.mpo.lora_rank=2", "--config.mpo.lora_targets=('query', 'value')")
+    made = recipe_of(relevance_folder, tmp_path / "run", *adapters, "--config.phases.count=1")
+    made()
+    before, after = (made.run.arrays(stage, abstract(made.inputs.shape)) for stage in ("start", "phase1"))
+    for name, x in before.items():
+        change = np.asarray(after[name]) - np.asarray(x)
+        if name not in ("query", "value"):
+            assert not change.any(), name
+            continue
+        for layer in change:
+            assert np.linalg.matrix_rank(layer.reshape(layer.shape[0], -1), tol=1e-6) == 2, name
 
 
 def test_a_phase_that_finds_no_pairs_says_why(relevance_folder, tmp_path):

@@ -121,8 +121,11 @@ def test_a_label_that_merges_with_the_prompt_is_named(small):
 
 def test_qwen3_equals_transformers(qwen3_tokenizer):
     ours, theirs = Tokenizer.load(qwen3_tokenizer), transformers.AutoTokenizer.from_pretrained(qwen3_tokenizer)
-    for text in [*TEXTS, LICENCE, "<|im_start|>user\nhi<|im_end|>"]:
+    for text in [*TEXTS, LICENCE]:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    chat = "<|im_start|>user\nhi<|im_end|>"
+    assert ours.encode_chat([chat]) == [theirs.encode(chat, add_special_tokens=False)]
+    assert not {*ours.encode(chat)} & {*theirs.all_special_ids} and ours.decode(ours.encode(chat)) == chat
     assert (ours.eos, ours.pad, ours.bos) == (theirs.eos_token_id, theirs.pad_token_id, None)
     assert label_token_ids(ours, "Grade: ", "0123") == tuple(theirs.convert_tokens_to_ids(list("0123")))
 
@@ -149,7 +152,8 @@ def test_gguf_tokenizer_equals_transformers_own_gguf_loader(smollm2_gguf):
     # transformers passes over the file's `pre` = smollm (digits are split off before everything else), which shows
     # where several blanks stand before a digit; we follow the file, so the comparison has single blanks.
     for text in (" ".join(LICENCE.split()), "it's 2024 <|im_start|>user\nhi<|im_end|>\n\n\ttabs", "世界 🙂 naïve"):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert ours.encode_chat([text]) == [theirs.encode(text, add_special_tokens=False)]
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False) or "<|" in text
         assert ours.decode(ours.encode(text)) == text
     assert (ours.bos, ours.eos, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert ours.vocab_size == len(theirs)

@@ -134,6 +134,33 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_record_a_step(tmp_path, u
         assert mine["tokens_per_second"] > 0
 
 
+def test_told_to_stop_it_ends_after_steps_that_belong_together(tmp_path, monkeypatch, uninterrupted):
+    """Every third step draws anew from the state before it; a run that stopped between would draw too early."""
+    held = {}
+
+    def thirds(state, step):
+        start = step - step % 3
+        if start not in held:
+            held[start] = batch_at(state, start)
+        return held[start]
+
+    def run_thirds(folder):
+        held.clear()
+        log = RunLog(folder)
+        return fit(
+            stage="toy", state=first_state(), step=make_step(), batch_at=thirds, coefficients=lambda step: {"fit": 1.0},
+            steps=11, folder=folder / "checkpoints", log=log, save_every=6, together=3,
+        )  # fmt: skip
+
+    whole = run_thirds(tmp_path / "whole")
+    asked = iter(range(1, 100))
+    with monkeypatch.context() as patched:
+        patched.setattr(train_loop.distributed.stop, "wanted", lambda: next(asked) >= 4)
+        with pytest.raises(train_loop.Preempted, match="saved at step 6"):
+            run_thirds(tmp_path / "stopped")
+    assert_same_bits(run_thirds(tmp_path / "stopped"), whole)
+
+
 def test_a_checkpoint_holds_the_state_of_its_step_though_the_next_step_overwrites_it(tmp_path):
     """The state is donated to the next step while the checkpoint may still be being written."""
     with pytest.raises(Killed):

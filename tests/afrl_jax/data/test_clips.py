@@ -1,14 +1,23 @@
 import collections
 import itertools
 import re
+import types
 
 import numpy as np
 import pytest
 
 from afrl_jax.answer_format import parse_answer
-from afrl_jax.data import clips
+from afrl_jax.data import clips, clips_contrasts
 from afrl_jax.data.clips_catalogue import CATEGORY_OF_TOPIC
-from afrl_jax.data.clips_queries import MAXIMUM_WORDS, SPLITS, TYPOS, phrases, split_of_intent, values
+from afrl_jax.data.clips_queries import (
+    MAXIMUM_WORDS,
+    SPLITS,
+    TYPOS,
+    combination_held_out,
+    phrases,
+    split_of_intent,
+    values,
+)
 from afrl_jax.data.clips_reading import read_document, read_query
 from afrl_jax.data.clips_rules import ATTRIBUTES, RULES, Constraint
 
@@ -93,6 +102,8 @@ def test_held_out_combinations_never_occur_in_training_and_do_in_dev_and_test():
     for rule_balance in (0.0, 1.0):
         training = clips.judgments(3, "train", 800, 4, rule_balance=rule_balance)
         assert not any(clips.is_held_out(judgment) for judgment in training)
+        contrasts = clips_contrasts.judgments(3, "train", 400, 4, rule_balance=rule_balance)
+        assert not any(clips.is_held_out(judgment) for judgment in contrasts)
         for split in ("dev", "test"):
             unseen = clips.judgments(3, split, 400, 4, rule_balance=rule_balance)
             assert 0.01 < np.mean([clips.is_held_out(judgment) for judgment in unseen]) < 0.15
@@ -173,9 +184,9 @@ def test_instruction_is_short():
 
 
 def test_domain_texts_are_small_prompts_that_the_judge_would_grade_so():
-    drawn = list(clips.domain_texts(0, "dev", 400))
-    assert drawn == list(clips.domain_texts(0, "dev", 400)) and drawn[:50] == list(clips.domain_texts(0, "dev", 50))
-    assert drawn != list(clips.domain_texts(1, "dev", 400))
+    drawn = list(clips.domain_texts(0, "train", 400))
+    assert drawn == list(clips.domain_texts(0, "train", 400)) and drawn[:50] == list(clips.domain_texts(0, "train", 50))
+    assert drawn != list(clips.domain_texts(1, "train", 400))
     verdicts, unasked, graded, explained = collections.Counter(), collections.Counter(), 0, 0
     for text in drawn:
         assert text.asides
@@ -205,6 +216,19 @@ def test_domain_texts_are_small_prompts_that_the_judge_would_grade_so():
                 graded += 1
     assert graded > 3 and set(unasked) == {0, 1, 2}
     assert verdicts["met"] > 250 and verdicts["violated"] > 250 and 90 < explained < 150
+
+
+def test_domain_texts_of_training_tell_nothing_of_what_is_held_out():
+    explained = 0
+    for text in clips.domain_texts(0, "train", 2000):
+        answer = parse_answer(text.pieces[-1], clips.instruction().scale.labels)
+        if answer:
+            need = answer.explanation.need
+            explained += 1
+            assert split_of_intent(types.SimpleNamespace(key="|".join(sorted(need)))) == "train"
+            entities = [words.removeprefix("topic ").removeprefix("series ") for words in need]
+            assert not any(combination_held_out(entity, answer.explanation.rule) for entity in entities)
+    assert explained > 400
 
 
 def test_domain_texts_ask_for_no_more_than_their_size():

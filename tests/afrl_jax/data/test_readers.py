@@ -190,7 +190,8 @@ def test_bad_esci_rows_are_named_in_the_words_of_the_file(tmp_path):
     examples = [*ESCI_EXAMPLES[:2], example(5, "red ball", "P1", "X"), example(5, "red ball", "P8", "E")]
     examples += [example(5, "red ball", "", "E"), example(8, "", "P1", "E")]
     assert problems_of(write_esci(tmp_path, ".csv", examples), scale) == [
-        "examples.csv:7: query: must not be empty",
+        "examples.csv:7: query: missing or null; the row has "
+        "query, query_id, product_id, product_locale, esci_label, split",
         "examples.csv:4: esci_label: 'X' is not on the scale; allowed: I, C, S, E",
         "examples.csv:5: product_id: 'P8' is not among the 2 documents",
         "examples.csv:6: product_id: missing or null; the row has query_id, query, esci_label",
@@ -214,6 +215,7 @@ def test_pairs_to_score(tmp_path):
         {"query": "ball", "context": "watched: bat", "document": "A red ball"},
         {"query": "ball", "document": {"title": "Ball", "brand": "Acme", "sizes": [1, 2]}, "doc_id": "e"},
         {"query": "ball", "title": "Ball", "text": None},
+        {"query": "ball", "document": {"title": None, "text": "red", "brand": None}},
     ]
     pairs = list(read_pairs(write_lines(tmp_path / "pairs.jsonl", rows)))
     assert [(pair.query, pair.document) for pair in pairs] == [
@@ -221,11 +223,13 @@ def test_pairs_to_score(tmp_path):
         (Query("", "ball", "watched: bat"), Document("", "", "A red ball")),
         (Query("", "ball"), Document("e", "Ball", "", {"brand": "Acme", "sizes": "1, 2"})),
         (Query("", "ball"), Document("", "Ball")),
+        (Query("", "ball"), Document("", "", "red")),
     ]
     assert [dict(pair.carried) for pair in pairs] == [
         {"query_id": 7, "doc_id": "d", "click_id": 3, "grade": 2},
         {},
         {"doc_id": "e"},
+        {},
         {},
     ]
 
