@@ -50,7 +50,7 @@ class RolloutSettings:
     mask: bool = False  # OptGRM-like step mask
     weights: tuple[float, ...] = (1.0, 0.25, 0.5, 0.25)  # of label, match, rule, consistency
     pool: int = 1  # prompts looked at for each one practised on; above 1, those whose groups will be mixed are taken
-    expert_rows: int = 2  # rows of expert answers a step
+    expert_rows: int = 2  # rows of expert answers a step, where the stage names experts
     gated: bool = False  # expert answers of the step's own prompts, where no sampled label is right
 
     @property

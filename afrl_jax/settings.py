@@ -186,7 +186,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             raise ValueError(f"stages names {name!r}, but the config has no key {name!r}")
         values = typed_value(config.pop(name), Mapping[str, Any], name)
         one_of(f"{name}.kind", values.get("kind"), STAGES)
-        stages[name] = read_fields(STAGES[values["kind"]], values, f"{name}.")
+        stage = read_fields(STAGES[values["kind"]], values, f"{name}.")
+        if isinstance(stage, RLStage) and not stage.experts_from:
+            stage = dataclasses.replace(stage, rollouts=dataclasses.replace(stage.rollouts, expert_rows=0))
+        stages[name] = stage
     one_of("curriculum", control := config.get("curriculum", "ordered"), CONTROLS)
     used = controlled(tuple(stages[name] for name in names), control)
     given = {"stages": used, "stage_names": names, "instruction": instruction, "evolve": evolve}
@@ -343,11 +346,8 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
         raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
     if stage.arm == "rehearsal" and not stage.experts_from:
         raise ValueError(f"{name}: arm 'rehearsal' needs experts_from, whose answers the model rehearses")
-    if not rollouts.gated and bool(rollouts.expert_rows) != bool(stage.experts_from):
-        raise ValueError(
-            f"{name}: rollouts.expert_rows ({rollouts.expert_rows}) are rows of experts_from, {stage.experts_from!r}; "
-            "give both, or 0 and ''"
-        )
+    if stage.experts_from and not rollouts.expert_rows and not rollouts.gated:
+        raise ValueError(f"{name}: of experts_from, {stage.experts_from!r}, rollouts.expert_rows are read, which is 0")
     if (stage.arm == "gated") != rollouts.gated:
         raise ValueError(f"{name}: arm 'gated' and rollouts.gated go together")
 

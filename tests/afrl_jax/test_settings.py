@@ -182,8 +182,7 @@ BAD = [
     ("rl.micro_batches", 4, "rl.rollouts.prompts + rollouts.expert_rows (6) must be a multiple of rl.micro_batches"),
     ("rl.rollouts.group", 1, "rl.rollouts.group: 1 must be at least 2"),
     ("rl.rollouts.prompts", 0, "rl.rollouts.prompts: 0 must be at least 1"),
-    ("rl.rollouts.expert_rows", 0, "rl: rollouts.expert_rows (0) are rows of experts_from, 'hard'; give both"),
-    ("rl.experts_from", "", "rl: rollouts.expert_rows (2) are rows of experts_from, ''; give both"),
+    ("rl.rollouts.expert_rows", 0, "rl: of experts_from, 'hard', rollouts.expert_rows are read, which is 0"),
     ("rl.kl", -0.1, "rl.kl: -0.1 must be at least 0"),
     ("sft.weight_decay", -1.0, "sft.weight_decay: -1.0 must be at least 0"),
     ("sft.lora_rank", -1, "sft.lora_rank: -1 must be at least 0"),
@@ -203,6 +202,12 @@ BAD = [
     ("instruction.meanings", ["bad"], "2 labels but 1 meanings"),
     ("instruction.rules", ((3, "x", (2,)),), "instruction.rules: rule 3 has grades (2,) of 2 labels"),
 ]
+
+
+def test_without_experts_no_row_is_kept_for_them():
+    config = changed("rl.experts_from", "")
+    config["rl"]["micro_batches"] = 4
+    assert read_settings(config).stages[2].rollouts.rows == 4
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path}={value!r}" for path, value, _ in BAD])
