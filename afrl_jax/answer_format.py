@@ -213,28 +213,29 @@ class AnswerFormat:
             one = one[:-1]
         return one
 
-    def encode_prompts(self, pairs: Sequence[tuple[Query, Document]]) -> list[PromptTokens]:
+    def encode_prompts(self, pairs: Sequence[tuple[Query, Document]], salt: bytes = b"") -> list[PromptTokens]:
         """Tokens of prompts, the last of which predicts the label. May be called from any thread.
 
-        Tokens of queries and documents are kept for the next call.
+        Tokens of queries and documents are kept for the next call with the same salt: nobody can tell from the time
+        what those with another have asked.
         """
-        documents = self._document_tokens([self.document_text(document) for _, document in pairs])
+        documents = self._document_tokens([self.document_text(document) for _, document in pairs], salt)
         return [
-            PromptTokens(self._prefix_tokens(query), document)
+            PromptTokens(self._prefix_tokens(query, salt), document)
             for (query, _), document in zip(pairs, documents, strict=True)
         ]
 
-    def _document_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _document_tokens(self, texts: Sequence[str], salt: bytes) -> list[np.ndarray]:
         """Of each document: its tokens, truncated, with the slot after them."""
         with self._lock:
-            known = {text: self._documents.get(text) for text in texts}
+            known = {text: self._documents.get((salt, text)) for text in texts}
         missing = [text for text, tokens in known.items() if tokens is None]
         for text, tokens in zip(missing, self.tokenizer.encode_batch(missing), strict=True):
             cut = np.array(tokens[: self.max_document_tokens], np.int32)
             known[text] = np.concatenate([cut, self._slot])
         with self._lock:
             for text in missing:
-                self._documents.put(text, known[text], sys.getsizeof(text) + known[text].nbytes)
+                self._documents.put((salt, text), known[text], sys.getsizeof(text) + known[text].nbytes)
         return [known[text] for text in texts]
 
     def encode_answer(self, judgment: Judgment) -> tuple[np.ndarray, np.ndarray]:
@@ -277,5 +278,5 @@ class AnswerFormat:
         label = self.labels[self.label_ids.index(tokens[0])]
         return parse_answer(label + self.tokenizer.decode(tokens[1:-1].tolist()), self.labels)
 
-    def _encode_prefix(self, query: Query) -> np.ndarray:
+    def _encode_prefix(self, query: Query, salt: bytes) -> np.ndarray:
         return np.array(self.tokenizer.encode(self.prefix_text(query)), np.int32)

@@ -22,13 +22,15 @@
       --base_url=... --language_model=NAME
       Explanations for human grades, each checked against query, document, grade and rules.
 
-Running a command again continues where it stopped. Exit status: 0 done; 1 a language model failed or the budget is
-spent; 2 the command or the data are wrong.
+Running a command again continues where it stopped, and may have a larger budget. Exit status: 0 done; 1 a language
+model failed or the budget is spent; 2 the command or the data are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,9 +41,13 @@ from lm_jax.program import before_jax
 
 if TYPE_CHECKING:
     from afrl_jax.instructions.run import ChatSettings
-    from afrl_jax.schema import Instruction
+    from afrl_jax.schema import Instruction, Judgment
 
 CLIPS_PAIRS = 8  # documents a query in the built-in world
+CLIPS_QUERIES = 300  # of dev_new there
+# May be others when a run is taken up again: the server, and the budget.
+CONNECTION = ("base_url", "key_variable")
+BUDGET = ("calls", "tokens", "money", "prompt_price", "completion_price")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evolve, make, explain = (commands.add_parser(name) for name in ("evolve", "synthesize", "explain"))
     for command in (evolve, make, explain):
         command.add_argument("--instruction", type=Path, help="JSON file of the instruction")
+    for command in (evolve, make):
         command.add_argument("--model", help="relevance model: the judge, or the second labeller of a synthesis")
         command.add_argument("--seed", type=int, default=0)
     for command in (evolve, explain):
@@ -70,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("dev_new", "dev_replay", "test", "calibration"):
         evolve.add_argument(f"--{name}", type=Path, help="judgments folder; without any, the built-in world")
     evolve.add_argument("--pairs", type=int, default=0, help="at most so many pairs of each, whole queries; 0: all")
-    evolve.add_argument("--queries", type=int, default=300, help="of dev_new in the built-in world")
+    evolve.add_argument("--queries", type=int, help=f"of dev_new in the built-in world ({CLIPS_QUERIES})")
     evolve.add_argument("--proposer", default="mined", help="mined or language_model")
     for name, value in (("rounds", 4), ("clusters", 8), ("edits", 4), ("most_words", 400), ("synthesize", 0)):
         evolve.add_argument(f"--{name}", type=int, default=value)
@@ -96,9 +103,10 @@ def _evolve(parsed: argparse.Namespace) -> None:
     from afrl_jax import relevance_file
     from afrl_jax.data import clips_rulebooks
     from afrl_jax.data.readers import read_judgments
+    from afrl_jax.instructions.budget import BudgetExceeded
     from afrl_jax.instructions.evolution import first_queries, queries_of, split_by_query
     from afrl_jax.instructions.ideal_reader import IdealReader
-    from afrl_jax.instructions.probe import ModelJudge
+    from afrl_jax.instructions.probe import ModelJudge, digest
     from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
     from afrl_jax.instructions.synthesis import read_the_words
     from afrl_jax.scoring import RelevanceModel
@@ -115,8 +123,15 @@ def _evolve(parsed: argparse.Namespace) -> None:
         raise ValueError("your own judgments need --model and --instruction")
     if given and parsed.synthesize:
         raise ValueError("--synthesize makes examples from the catalogue of clips: it goes with the built-in world")
-    described = relevance_file.read(parsed.model) if parsed.model else None  # a wrong path is told before any work
-    config = {name: None if value is None else str(value) for name, value in vars(parsed).items() if name != "workdir"}
+    if given and parsed.queries is not None:
+        raise ValueError("--queries is the size of the built-in world; --pairs bounds your own judgments")
+    if not given and (parsed.calibration or parsed.pairs):
+        raise ValueError("--calibration and --pairs go with your own judgments: give --dev_new and --dev_replay too")
+    # A wrong path is told before any work.
+    zero_shot = bool(parsed.model) and relevance_file.read(parsed.model) is None
+    if zero_shot and not parsed.calibration:
+        told = "to judge zero-shot it needs --calibration, which goes with your own judgments"
+        raise ValueError(f"{parsed.model} is no relevance model: {told}")
     base = _instruction(parsed.instruction) if parsed.instruction else clips_rulebooks.base_instruction()
     if given:
         sets = {name: read_judgments({"path": folder}, base.scale) for name, folder in given.items()}
@@ -124,9 +139,6 @@ def _evolve(parsed: argparse.Namespace) -> None:
             sets["dev_new"], sets["dev_replay"] = split_by_query(sets["dev_new"], 0.6)
         if parsed.pairs:
             sets = {name: first_queries(some, parsed.pairs) for name, some in sets.items()}
-        zero_shot = described is None
-        if zero_shot and not parsed.calibration:
-            raise ValueError(f"{parsed.model} is no relevance model: to judge zero-shot it needs --calibration")
         held = read_judgments({"path": parsed.calibration}, base.scale) if parsed.calibration else []
         held = first_queries(held, parsed.pairs) if parsed.pairs else held
         if shared := queries_of(held) & queries_of(judgment for some in sets.values() for judgment in some):
@@ -134,7 +146,8 @@ def _evolve(parsed: argparse.Namespace) -> None:
         model = RelevanceModel.load(parsed.model, instruction=base if zero_shot else None)
         judge, references, frequency = ModelJudge(model, held), {}, None
     else:
-        counts = {"dev_new": parsed.queries, "dev_replay": parsed.queries // 2, "test": parsed.queries}
+        held, queries = [], CLIPS_QUERIES if parsed.queries is None else parsed.queries
+        counts = {"dev_new": queries, "dev_replay": queries // 2, "test": queries}
         decided = {
             name: clips_rulebooks.decided_groups(
                 parsed.seed * 3 + place, "test" if name == "test" else "dev", count, CLIPS_PAIRS, rule_balance=0.5
@@ -149,12 +162,41 @@ def _evolve(parsed: argparse.Namespace) -> None:
         frequency = clips_rulebooks.natural_frequencies()
         ideal = IdealReader(one for some in decided.values() for one in some)
         judge = ModelJudge(RelevanceModel.load(parsed.model)) if parsed.model else ideal
+    free = ("workdir", *CONNECTION, *BUDGET)
+    config = {name: None if value is None else str(value) for name, value in vars(parsed).items() if name not in free}
+    # What lies under these paths may have become another.
+    config["model_version"] = _model_version(parsed.model) if parsed.model else None
+    config["instruction_digest"] = digest(base)
+    config["judgments"] = {name: _digest_of(some) for name, some in (sets | {"calibration": held}).items()}
     RunFolder(parsed.workdir, config)
     options = {"references": references, "second": read_the_words, "rule_frequency": frequency}
-    evolve_instruction(judge, base, sets, settings, parsed.workdir / "evolution", **options)
+    arms = evolve_instruction(judge, base, sets, settings, parsed.workdir / "evolution", **options)
+    last = arms[settings.proposer][-1]
+    if last.unfinished:
+        raise BudgetExceeded(f"{last.stopped}; run again with a larger budget to go on from here")
+
+
+def _model_version(source: str) -> str:
+    """Digest of a model's weights."""
+    from afrl_jax import relevance_file
+    from lm_jax.source import locate
+    from lm_jax.weights import PATTERNS, weights_digest
+
+    if described := relevance_file.read(source):
+        return described["weights_digest"]
+    path = locate(source, PATTERNS)
+    if path.is_dir():
+        return weights_digest(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(judgments: Sequence[Judgment]) -> str:
+    return hashlib.sha256(json.dumps([dataclasses.asdict(one) for one in judgments]).encode()).hexdigest()[:16]
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:
+    from afrl_jax import relevance_file
     from afrl_jax.data import clips_rulebooks
     from afrl_jax.instructions.dataset_folder import write_synthesized
     from afrl_jax.instructions.probe import ModelJudge
@@ -162,6 +204,8 @@ def _synthesize(parsed: argparse.Namespace) -> None:
     from afrl_jax.scoring import RelevanceModel
     from lm_jax import run_log
 
+    if parsed.model and relevance_file.read(parsed.model) is None:
+        raise ValueError(f"{parsed.model} is no relevance model: a second labeller is asked without calibration")
     instruction = _instruction(parsed.instruction) if parsed.instruction else clips_rulebooks.full_rulebook()
     second = as_labeller(ModelJudge(RelevanceModel.load(parsed.model))) if parsed.model else read_the_words
     dev = [one.judgment.query.text for one in clips_rulebooks.decided_groups(0, "test", 300, 1)]
@@ -192,8 +236,8 @@ def _explain(parsed: argparse.Namespace) -> None:
 def _chat(parsed: argparse.Namespace) -> ChatSettings:
     from afrl_jax.instructions.run import ChatSettings
 
-    keys = ("base_url", "key_variable", "calls", "tokens", "money", "prompt_price", "completion_price")
-    return ChatSettings(model=parsed.language_model, **{key: getattr(parsed, key) for key in keys})
+    keys = {key: getattr(parsed, key) for key in (*CONNECTION, *BUDGET)}
+    return ChatSettings(model=parsed.language_model, **keys)
 
 
 def _instruction(file: Path) -> Instruction:

@@ -24,7 +24,7 @@ def write_synthesized(
     Returns the figures of the card. `facts` head it: where the catalogue and the rules come from, the seed.
 
     Raises:
-        ValueError: nothing was accepted.
+        ValueError: nothing was accepted; set_aside.jsonl, which tells why, is written.
     """
     rows = [(aside.example.judgment, aside.reason) for aside in synthesized.set_aside]
     body = _shares(synthesized, instruction)
@@ -58,14 +58,16 @@ def _write(
     facts: Mapping[str, Any],
     body: Sequence[str],
 ) -> dict[str, float]:
-    write_judgments(folder, map(_without_instruction, judgments), instruction.scale)
-    write_atomically(folder / "instruction.json", json.dumps(dataclasses.asdict(instruction), indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
     lines = (
         json.dumps({"reason": reason, **query_row(plain.query), **judgment_row(plain, instruction.scale)})
         for judgment, reason in set_aside
         for plain in (_without_instruction(judgment),)
     )
+    # First: where nothing is left to write, it tells why.
     write_atomically(folder / "set_aside.jsonl", "".join(line + "\n" for line in lines))
+    write_judgments(folder, map(_without_instruction, judgments), instruction.scale)
+    write_atomically(folder / "instruction.json", json.dumps(dataclasses.asdict(instruction), indent=1) + "\n")
     grades = Counter(instruction.scale.labels[judgment.grade] for judgment in judgments)
     listed = [
         f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}" for name, value in facts.items()

@@ -72,6 +72,7 @@ class Round:
     synthesized: Mapping[str, Any]
     seconds: float
     stopped: str = ""  # why the loop ends here
+    unfinished: bool = False  # for want of budget: it is not kept, and done again when there is more
 
     @property
     def accepted(self) -> list[Proposal]:
@@ -105,8 +106,9 @@ class Evolution:
         self._folder, self._seed, self._synthesize, self._patient = folder, seed, synthesize, patient
 
     def __call__(self, base: Instruction) -> list[Round]:
-        """Run the rounds that are not on disk; round 0 is the base instruction. An edit may fail for budget: the loop
-        then ends with what it has. Without `patient` it also ends after a round in which nothing was accepted."""
+        """Run the rounds that are not on disk; round 0 is the base instruction. A budget may run out: the loop
+        then ends with what it has, and a later run goes on. Without `patient` it also ends after a round in which
+        nothing was accepted."""
         rounds = [self._kept(0) or self._keep(0, self._begin(base))]
         while len(rounds) <= self._size.rounds and not rounds[-1].stopped:
             number = len(rounds)
@@ -122,7 +124,7 @@ class Evolution:
     def _round(self, number: int, last: Round) -> Round:
         began = time.monotonic()
         current = start = last.pool[0].instruction
-        pool, proposals, stopped = list(last.pool), [], ""
+        pool, proposals, stopped, unfinished = list(last.pool), [], "", False
         clusters = identify(
             self._probe.sets[NEW],
             self._probe(NEW, start),
@@ -136,14 +138,14 @@ class Evolution:
             for place, edits in enumerate(groups):
                 current = self._best_of(current, edits, place if place < len(clusters) else -1, proposals, pool)
         except BudgetExceeded as error:
-            stopped = str(error)
+            stopped, unfinished = str(error), True
         pool = recheck.pareto(pool)
         if not stopped and not self._patient and current == start:
             stopped = "no edit was accepted"
         facts = self._synthesize(start, current, number) if self._synthesize and current != start else {}
         new, replay = (recheck.score(self._probe(name, current)) for name in (NEW, REPLAY))
         seconds = round(time.monotonic() - began, 1)
-        return Round(current, new, replay, clusters, proposals, pool, facts, seconds, stopped)
+        return Round(current, new, replay, clusters, proposals, pool, facts, seconds, stopped, unfinished)
 
     def _best_of(
         self, current: Instruction, edits: Sequence[Edit], cluster: int, proposals: list[Proposal], pool: list
@@ -190,8 +192,9 @@ class Evolution:
         return self._folder / f"round_{number:02d}.json"
 
     def _keep(self, number: int, done: Round) -> Round:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(number), json.dumps(dataclasses.asdict(done), indent=1) + "\n")
+        if not done.unfinished:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(number), json.dumps(dataclasses.asdict(done), indent=1) + "\n")
         changed = f", {len(done.accepted)} of {len(done.proposals)} edits stand" if number else ""
         scores = f"dev_new {done.new:.3f}, dev_replay {done.replay:.3f}"
         run_log.say(f"{self._folder.name} round {number}: {scores}{changed}")

@@ -25,7 +25,8 @@ _RELATIONS = frozenset("a an the any no not for of with without by in on under o
 def explain(
     model: LanguageModel, judgments: Sequence[Judgment], instruction: Instruction, *, max_tokens: int = 160
 ) -> tuple[list[Judgment], list[tuple[Judgment, str]]]:
-    """(judgments with an accepted explanation, the others with the reason), in the order given.
+    """(judgments with an accepted explanation, the others with the reason), in the order given. A pair that the model
+    refuses is one of the others.
 
     Raises:
         BudgetExceeded, LanguageModelError: from the model; answers that it gave are in its cache.
@@ -36,6 +37,8 @@ def explain(
         explained, reason = check(answer.text, judgment, instruction)
         if explained is not None:
             kept.append(explained)
+        elif answer.refused:
+            set_aside.append((judgment, f"refused: {answer.refused}"))
         else:
             set_aside.append((judgment, "cut off" if answer.truncated else reason))
     return kept, set_aside
@@ -63,6 +66,8 @@ def check(text: str, judgment: Judgment, instruction: Instruction) -> tuple[Judg
     explanation = parsed.explanation
     if parsed.verdict != judgment.grade:
         return None, f"verdict is not the grade: {labels[parsed.verdict]} for {labels[judgment.grade]}"
+    if not explanation.need:
+        return None, "no constraint is explained"
     said, shown = _words(judgment.query.text), _plain(render_document(judgment.document))
     for need, fact, verdict in zip(explanation.need, explanation.facts, explanation.verdicts, strict=True):
         if not _words(need) - _RELATIONS or not _words(need) - _RELATIONS <= said:

@@ -86,7 +86,7 @@ def identify(
         if net < least:
             break
         grade = int(gold[members[0]])
-        clusters.append(_cluster(judgments, predictions, instruction, table, conditions, grade, members, net))
+        clusters.append(_cluster(predictions, instruction, table, conditions, grade, members, net))
         open_[members] = False
     return clusters
 
@@ -125,7 +125,6 @@ def _best(table: Table, repaired: np.ndarray, spoilt: np.ndarray) -> tuple[int, 
 
 
 def _cluster(
-    judgments: Sequence[Judgment],
     predictions: Predictions,
     instruction: Instruction,
     table: Table,

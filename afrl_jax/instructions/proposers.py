@@ -25,7 +25,7 @@ class Proposer(Protocol):
     """Proposes edits for clusters of disagreements."""
 
     def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
-        """At most `count` edits a cluster, the most promising first; none for label noise."""
+        """For each cluster in its place at most `count` edits, the most promising first; none for label noise."""
 
 
 def last_place(instruction: Instruction) -> str:
@@ -126,10 +126,14 @@ class LanguageModelEdits:
 
     def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
         """See `Proposer`."""
-        asked = [cluster for cluster in clusters if cluster.cause is not Cause.NOISE]
-        prompts = [self._prompt(instruction, cluster, count) for cluster in asked]
-        answers = self.model.complete(prompts, max_tokens=self.max_tokens, temperature=0.7, seed=round)
-        return [self._read(answer.text, instruction)[:count] for answer in answers]
+        prompts = [
+            self._prompt(instruction, cluster, count) for cluster in clusters if cluster.cause is not Cause.NOISE
+        ]
+        answers = iter(self.model.complete(prompts, max_tokens=self.max_tokens, temperature=0.7, seed=round))
+        return [
+            [] if cluster.cause is Cause.NOISE else self._read(next(answers).text, instruction)[:count]
+            for cluster in clusters
+        ]
 
     def longest_prompt(self, instruction: Instruction) -> int:
         """Bytes of a prompt with the longest pairs there are: no prompt of a round is longer by much."""

@@ -131,8 +131,8 @@ def evolve_instruction(
     run_log.say(plan(settings, sets, proposer, base, len(references or {})))
 
     def arm(name: str, proposer: Proposer, **options: Any) -> list[Round]:
-        options |= {"size": settings.size, "rule": settings.rule, "folder": folder / name, "seed": settings.seed}
-        return Evolution(probe, proposer, table, **options)(base)
+        fixed = {"rule": settings.rule, "folder": folder / name, "seed": settings.seed}
+        return Evolution(probe, proposer, table, **({"size": settings.size} | fixed | options))(base)
 
     def examples(before: Instruction, after: Instruction, number: int) -> dict[str, float]:
         known = {rule.text for rule in before.rules}
@@ -146,12 +146,15 @@ def evolve_instruction(
         facts = {"rules": f"round {number} of an instruction evolution", "catalogue": "clips", "seed": settings.seed}
         return write_synthesized(folder / "synthesized" / f"round_{number:02d}", made, after, facts)
 
-    arms = {settings.proposer: arm(settings.proposer, proposer, synthesize=examples if settings.synthesize else None)}
+    main = arm(settings.proposer, proposer, synthesize=examples if settings.synthesize else None)
+    arms = {settings.proposer: main}
     if settings.control:
-        control = RandomEdits(table, group_sizes(arms[settings.proposer]), settings.seed)
-        arms["random"] = arm("random", control, patient=True)
+        control = RandomEdits(table, group_sizes(main), settings.seed)
+        # It has no round that the main arm has yet to finish: how many edits it must draw is not known.
+        size = dataclasses.replace(settings.size, rounds=len(main) - 2) if main[-1].unfinished else settings.size
+        arms["random"] = arm("random", control, patient=True, size=size)
     tested = _tested(probe, arms, references or {}) if TEST in sets else {}
-    last = arms[settings.proposer][-1].instruction
+    last = main[-1].instruction
     write_atomically(folder / "instruction.json", json.dumps(dataclasses.asdict(last), indent=1) + "\n")
     facts = {"pairs": ", ".join(f"{name} {len(some):,}" for name, some in sets.items())}
     facts |= {"rules": f"{len(base.rules)} to {len(last.rules)}", "words": f"{words(base)} to {words(last)}"}

@@ -16,8 +16,8 @@
   /metrics /docs    Prometheus; the interface, to read and to try, as /openapi.json describes it
 
 With --api_keys=FILE, one key a line, scoring asks for `Authorization: Bearer KEY`. The log is JSON lines on stderr.
-SIGTERM lets the requests that were admitted end, and no others begin. Status 0 after that, 2 if the model cannot be
-loaded.
+SIGTERM lets the requests that were admitted end, and no others begin; before the model is there it ends all at once.
+Status 0 after that, 2 if the model cannot be loaded or the service breaks down.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,8 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     if service.failure:
-        with told_plainly(parser):
-            raise service.failure
+        if not isinstance(service.failure, ValueError | OSError):  # nobody foresaw it
+            traceback.print_exception(service.failure)
+        parser.exit(2, f"{parser.prog}: error: {service.failure}\n")
+    if not service.ready:
+        # The thread that loads or compiles would be waited for, minutes for a large model.
+        logging.shutdown()
+        os._exit(0)
 
 
 def make_arguments() -> argparse.ArgumentParser:

@@ -15,6 +15,8 @@ from typing import Any
 import prometheus_client
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from afrl_jax.serve.refusals import UNFORESEEN, response
+
 LOGGER = logging.getLogger("afrl_jax.serve")
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # what we take over from a client; anything else gets a new one
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -32,6 +34,7 @@ class RequestRecord:
 
     request_id: str
     client: str = ""
+    error: str = ""  # what nobody foresaw
     pairs: int = 0
     tokens: int = 0
     queue_seconds: float = 0.0
@@ -83,7 +86,10 @@ class Metrics:
 
 
 class Monitored:
-    """ASGI middleware: every request has an id, which is answered in x-request-id, a log line and its metrics."""
+    """ASGI middleware: every request has an id, which is answered in x-request-id, a log line and its metrics.
+
+    A failure that nobody foresaw is told and answered here, and raised again for the server to write down where it was.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app, self.metrics = app, metrics
@@ -106,6 +112,11 @@ class Monitored:
 
         try:
             await self.app(scope, receive, answer)
+        except Exception as error:
+            record.error = repr(error)
+            if not status:
+                await response(UNFORESEEN)(scope, receive, answer)
+            raise
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "unknown")  # a template: paths of clients have no end

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the log and the metrics do
+FORMS = ("str", "DocumentFields", "pairs", "items_of_query")  # that a value may have, as pydantic tells them
 TYPES = {
     401: "unauthorized",
     404: "not_found",
@@ -65,14 +66,22 @@ class Refused(Exception):
         return ErrorBody(message=self.message, error=detail)
 
 
+UNFORESEEN = Refused(500, "the service failed on this request; its log has the reason under the request id")
+
+
+def response(refused: Refused) -> JSONResponse:
+    """The answer to a refused request."""
+    return JSONResponse(refused.body.model_dump(), refused.status, refused.headers)
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of these errors."""
     return {status: {"model": ErrorBody, "description": TYPES[status].replace("_", " ")} for status in statuses}
 
 
 def field_name(location: Sequence[str | int]) -> str:
-    """("body", "documents", 3, "text") -> "documents[3].text"."""
-    parts = [part for part in location[1:] if part not in ("str", "DocumentFields", "pairs", "items_of_query")]
+    """("body", "documents", 3, "DocumentFields", "text") -> "documents[3].text": the names of forms are left out."""
+    parts = [part for part in location[1:] if part not in FORMS and not str(part).startswith("list[")]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return name.removeprefix(".") or str(location[0])
 
@@ -80,31 +89,29 @@ def field_name(location: Sequence[str | int]) -> str:
 def install(app: FastAPI) -> None:
     """Every error of `app` is answered in the one form, and never repeats what was sent."""
 
-    def answer(refused: Refused) -> JSONResponse:
-        return JSONResponse(refused.body.model_dump(), refused.status, refused.headers)
-
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        return answer(error)
+        return response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return answer(Refused(422, f"the body is not valid JSON: {first['ctx']['error']}", param="body"))
-        name = field_name(first["loc"])
-        return answer(Refused(422, f"{name}: {first['msg']}", param=name))
+        # Of a value that may have several forms every form complains: the one that it has, deepest inside.
+        deepest = max(error.errors(), key=lambda one: len(one["loc"]))
+        if deepest["type"] == "json_invalid":
+            return response(Refused(422, f"the body is not valid JSON: {deepest['ctx']['error']}", param="body"))
+        name = field_name(deepest["loc"])
+        return response(Refused(422, f"{name}: {deepest['msg']}", param=name))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         of_body = error.status_code in (400, 413)
         refused = Refused(error.status_code, str(error.detail), param="body" if of_body else None)
         refused.headers = dict(error.headers or {})
-        return answer(refused)
+        return response(refused)
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return answer(Refused(500, "the service failed on this request; its log has the reason under the request id"))
+        return response(UNFORESEEN)
 
 
 class BodyLimit:

@@ -110,7 +110,7 @@ async def score(
         raise Refused(422, "text_1: a query is empty", param="text_1")
     queries = [wire.to_query(text, "", service.settings, "text_1") for text in texts]
     pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
-    answer = await service.score(request, client, pairs)
+    answer = await service.score(request, client, pairs, query_field="text_1")
     data = [
         {"index": index, "score": graded.score, **wire.graded_fields(graded)}
         for index, graded in enumerate(service.scorer.graded(answer.probabilities))

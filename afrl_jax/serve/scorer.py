@@ -36,9 +36,11 @@ class Scorer:
         """Whether a calibration came with the model: without one, probabilities are what the softmax says."""
         return bool(self.model.version)
 
-    def encode(self, pairs: Sequence[tuple[Query, Document]], max_document_tokens: int | None) -> list[PromptTokens]:
+    def encode(
+        self, pairs: Sequence[tuple[Query, Document]], max_document_tokens: int | None, salt: bytes = b""
+    ) -> list[PromptTokens]:
         """Prompts of the pairs; documents are cut to the model's limit or `max_document_tokens`, the lesser."""
-        prompts = self.model.format.encode_prompts(pairs)
+        prompts = self.model.format.encode_prompts(pairs, salt)
         if max_document_tokens is None:
             return prompts
         return [self._shortened(prompt, max_document_tokens) for prompt in prompts]

@@ -101,11 +101,13 @@ class Service:
         pairs: Sequence[tuple[Query, Document]],
         *,
         max_document_tokens: int | None = None,
+        query_field: str = "query",
     ) -> Answer:
-        """Probabilities of the pairs, at least one, within the deadline.
+        """Probabilities of the pairs, at least one, within the deadline. The request's `query_field` has the query.
 
         Raises:
-            Refused: 429 no place, 504 too late, 503 no model yet, 500 scoring failed, 499 the client is gone.
+            Refused: 422 a query of too many tokens, 429 no place, 504 too late, 503 no model yet, 500 scoring failed,
+                499 the client is gone.
         """
         record: RequestRecord = request.state.record
         scorer, record.pairs, record.client = self.scorer, len(pairs), client.name
@@ -113,8 +115,12 @@ class Service:
             with self.batcher.place(len(pairs)) as place:
                 async with asyncio.timeout(self.settings.deadline_seconds):
                     start = time.perf_counter()
-                    prompts = await asyncio.to_thread(scorer.encode, pairs, max_document_tokens)
+                    prompts = await asyncio.to_thread(scorer.encode, pairs, max_document_tokens, client.salt)
                     record.tokenize_seconds = time.perf_counter() - start
+                    longest = max(len(one.prefix) for one in prompts) - len(scorer.model.format.head_tokens)
+                    if longest > (limit := self.settings.max_query_tokens):
+                        told = f"{query_field}: {longest} tokens, context included; {limit} are allowed"
+                        raise Refused(422, told, param=query_field)
                     scored = await _while_connected(request, self.batcher.score(prompts, client.salt, place))
         except QueueFull as error:
             raise Refused(429, "too many requests wait; try again later", retry_after=error.retry_after) from error

@@ -19,6 +19,7 @@ class Settings:
     deadline_seconds: float = _limit(30.0, "a request that takes longer is answered 504")
     max_documents: int = _limit(1000, "of a request")
     max_query_chars: int = _limit(4000, "of a query, and of its context")
+    max_query_tokens: int = _limit(512, "of query and context together: new lengths must be compiled")
     max_document_chars: int = _limit(50_000, "of a document; what the model sees is cut to its own limit of tokens")
     max_body_bytes: int = _limit(16 << 20, "of a request")
     max_explanations: int = _limit(4, "written at a time; they take turns with batches")

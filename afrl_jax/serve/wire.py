@@ -12,18 +12,32 @@ import pydantic
 from pydantic import AliasChoices, BaseModel, Field
 
 from afrl_jax.answer_format import one_line
+from afrl_jax.data.tables import as_text
 from afrl_jax.schema import Document, Query
 from afrl_jax.serve.refusals import Refused
 from afrl_jax.serve.scorer import Graded
 from afrl_jax.serve.settings import Settings
 
+_FIELD_TYPES = ["string", "number", "boolean", "array", "null"]
+FieldValue = Annotated[Any, pydantic.WithJsonSchema({"type": _FIELD_TYPES, "items": {"type": "string"}})]
+
+
+class Body(BaseModel):
+    """A request; a field that is null is as good as absent."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
 
 class DocumentFields(BaseModel, extra="allow"):
-    """A document in parts. Any further field is shown to the model as "name: value", in the order given."""
+    """A document in parts. Any further field - text, a number or a list of these - is shown to the model as "name:
+    value", in the order given."""
 
     title: str | None = None
     text: str | None = None
-    __pydantic_extra__: dict[str, str | bool | int | float | None]
+    __pydantic_extra__: dict[str, FieldValue]
 
 
 DocumentBody = str | DocumentFields
@@ -31,7 +45,7 @@ Model = Annotated[str | None, Field(description="not looked at: one model is ser
 Context = Annotated[str, Field(description="what the searcher did before, where the model was trained with that")]
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Body):
     """A query and its candidates."""
 
     model: Model = None
@@ -86,7 +100,7 @@ class RerankResponse(Told):
     meta: dict[str, Any] = Field(description="what Cohere's clients count")
 
 
-class PairsRequest(BaseModel):
+class PairsRequest(Body):
     """Pairs of texts: one with one, one with many, or as many with as many."""
 
     model: Model = None
@@ -98,7 +112,7 @@ class PairsRequest(BaseModel):
     )
 
 
-class ItemsRequest(BaseModel):
+class ItemsRequest(Body):
     """A query and items; the answer is a probability for each label."""
 
     model: Model = None
@@ -112,7 +126,7 @@ class ItemsRequest(BaseModel):
 
 
 def _form(body: Any) -> str:
-    return "items_of_query" if isinstance(body, dict) and "query" in body else "pairs"
+    return "items_of_query" if isinstance(body, dict) and body.get("query") is not None else "pairs"
 
 
 ScoreRequest = Annotated[
@@ -145,7 +159,7 @@ class ItemsResponse(Told):
     scores: list[list[float]]
 
 
-class RelevanceRequest(BaseModel):
+class RelevanceRequest(Body):
     """One pair."""
 
     model: Model = None
@@ -180,13 +194,13 @@ def to_documents(
     """The documents of a request, each under its name in error messages: `name[i]`.
 
     Raises:
-        Refused: 422, there are none or too many, or one is too long, or no text.
+        Refused: 422, there are none or too many, or one is too long, nested, or no text.
     """
     if not 1 <= len(bodies) <= settings.max_documents:
         raise Refused(422, f"{name}: {len(bodies)} of them; 1 to {settings.max_documents} are allowed", param=name)
     documents = []
     for index, body in enumerate(bodies):
-        fields = {"text": body} if isinstance(body, str) else _fields(body)
+        fields = {"text": body} if isinstance(body, str) else _fields(body, f"{name}[{index}]")
         if rank_fields is not None and not isinstance(body, str):
             fields = {field: value for field, value in fields.items() if field in rank_fields}
         _check_text(f"{name}[{index}]", "".join([*fields, *fields.values()]), settings.max_document_chars)
@@ -216,7 +230,16 @@ def graded_fields(graded: Graded) -> dict[str, Any]:
     return {"grade": graded.grade, "grade_probs": graded.grade_probs}
 
 
-def _fields(body: DocumentFields) -> dict[str, str]:
-    """Its fields as text, empty ones left out."""
+def _fields(body: DocumentFields, name: str) -> dict[str, str]:
+    """Its fields as the readers of data would show them: as text, null ones left out.
+
+    Raises:
+        Refused: 422, a field is nested.
+    """
     given = {"title": body.title, "text": body.text} | (body.__pydantic_extra__ or {})
-    return {name: str(value) for name, value in given.items() if value is not None}
+    fields = {field: as_text(value) for field, value in given.items() if value is not None}
+    for field, text in fields.items():
+        if text is None:
+            told = "must be text, a number or a list of these"
+            raise Refused(422, f"{name}.{field}: {told}", param=f"{name}.{field}")
+    return fields

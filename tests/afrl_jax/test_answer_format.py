@@ -265,7 +265,9 @@ def test_documents_are_tokenized_once(tiny_tokenizer, tiny_format):
     format._prefix_tokens = tiny_format._prefix_tokens
     pairs = [(Query("", "chess"), Document("", text)) for text in ("robots", "home", "robots")]
     first, again = format.encode_prompts(pairs), format.encode_prompts(pairs[1:])
-    assert [len(texts) for texts in asked] == [2, 0]
+    salted = format.encode_prompts(pairs, salt=b"another key")
+    assert salted[1].document is not first[1].document and salted[0].prefix is not first[0].prefix
+    assert [len(texts) for texts in asked] == [2, 0, 2]
     for one, other in zip(first[1:], again, strict=True):
         np.testing.assert_array_equal(one.document, other.document)
     np.testing.assert_array_equal(first[0].document, tiny_format.encode_prompts(pairs)[0].document)

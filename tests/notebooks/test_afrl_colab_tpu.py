@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 import zipfile
 
 import nbclient
@@ -35,6 +37,24 @@ def executed(tmp_path_factory):
     )
     client.execute()
     return notebook, workdir
+
+
+def test_the_install_cell_may_run_again(tmp_path):
+    origin = tmp_path / "origin"
+    (origin / "afrl_jax").mkdir(parents=True)
+    (origin / "afrl_jax/__init__.py").touch()
+    (origin / "requirements.txt").touch()
+    git = ["git", "-C", origin, "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "c"]):
+        subprocess.run([*git, *command], check=True)
+    notebook = nbformat.read(REPOSITORY / "notebooks/afrl_colab_tpu.ipynb", as_version=4)
+    cell = cell_with(notebook, "nvidia-smi").source
+    program = f"REPOSITORY = {str(origin)!r}\n{cell}\n{cell}"
+    (tmp_path / "colab").mkdir()
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "colab", capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == f"CPU; {tmp_path / 'colab/afrl'}\n" * 2
+    assert not (tmp_path / "colab/afrl/afrl").exists()
 
 
 def test_it_finds_the_device_and_trains(executed):

@@ -215,6 +215,28 @@ def test_a_wrong_request_is_not_tried_again(serve, connect):
     assert client.waits == [] and client.budget.spent == Spent(1, 0)
 
 
+NO_TEXT = {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}
+
+
+@pytest.mark.parametrize("refusal", [(400, {"error": f"too long for {KEY}"}, {}), (422, {"error": "no"}, {}), NO_TEXT])
+def test_a_prompt_that_is_refused_leaves_the_others_their_answers(serve, connect, tmp_path, refusal):
+    times = 3 if refusal is NO_TEXT else 1  # what is no text may be one the next time
+    client = connect(serve(answer("first"), *[refusal] * times), concurrency=1, attempts=3)
+    found = client.complete(["a", "b", "c"], max_tokens=5)
+    assert [one.text for one in found] == ["first", "", "C"] and found[0].refused == found[2].refused == ""
+    assert ("no text" if times == 3 else f"status {refusal[0]}") in found[1].refused and KEY not in found[1].refused
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # it may be answered another time
+
+
+def test_when_all_are_refused_it_is_the_request(serve, connect):
+    refusal = (400, {"error": "no parameter max_tokens"}, {})
+    server = serve(*[refusal] * 500)
+    for prompts in (["a"], [str(i) for i in range(500)]):
+        with pytest.raises(LanguageModelError, match=r"status 400: .*no parameter max_tokens"):
+            connect(server).complete(prompts, max_tokens=5)
+    assert len(server.requests) < 30
+
+
 def test_nobody_listening_costs_no_tokens(connect):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -8,7 +8,7 @@ import pytest
 
 from afrl_jax.data import clips_rulebooks
 from afrl_jax.decision import fit_decision
-from afrl_jax.instructions import recheck
+from afrl_jax.instructions import recheck, run
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.evolution import Evolution, Size, first_queries, group_sizes, split_by_query
 from afrl_jax.instructions.probe import ModelJudge, Probe
@@ -130,6 +130,27 @@ def test_a_spent_budget_ends_the_loop_with_what_it_has(ideal, sets, table, tmp_p
     rounds = loop(Probe(ideal, sets, tmp_path / "probes"), Broke(), table, tmp_path / "broke")
     assert len(rounds) == 2 and rounds[1].stopped == "budget of calls: none are left"
     assert rounds[1].instruction == rounds[0].instruction
+    assert [file.name for file in (tmp_path / "broke").iterdir()] == ["round_00.json"]
+    richer = loop(Probe(ideal, sets, tmp_path / "probes"), MinedRules(table), table, tmp_path / "broke")
+    assert richer[1].proposals and not any(done.unfinished for done in richer)
+
+
+def test_the_control_waits_for_a_round_that_the_budget_cut(ideal, sets, tmp_path, monkeypatch):
+    class Broke(MinedRules):
+        def propose(self, instruction, clusters, count, round):
+            if round == 2:
+                raise BudgetExceeded("budget of calls: none are left")
+            return super().propose(instruction, clusters, count, round)
+
+    settings = dataclasses.replace(SETTINGS, synthesize=0)
+    base = clips_rulebooks.base_instruction()
+    monkeypatch.setattr(run, "MinedRules", Broke)
+    cut = evolve_instruction(ideal, base, sets, settings, tmp_path)
+    assert len(cut["mined"]) == 3 and cut["mined"][2].unfinished and len(cut["random"]) == 2
+    monkeypatch.undo()
+    whole = evolve_instruction(ideal, base, sets, settings, tmp_path)
+    assert len(whole["random"]) == 3 and group_sizes(whole["random"]) == group_sizes(whole["mined"])
+    assert sum(map(sum, group_sizes(whole["random"])[2:])) > 0
 
 
 def test_the_length_budget_holds(ideal, sets, table, tmp_path):

@@ -44,6 +44,7 @@ def test_an_explanation_of_the_human_grade_is_kept():
         (("Blue |", "not stated |"), "what is not stated is unknown"),
         (("violated", "unknown"), "what is not stated is unknown"),
         (("Rule: 0", "Rule: 1"), "there is no rule: 1"),
+        ((GOOD.partition("\n")[0], "Match: "), "no constraint is explained"),
     ],
 )
 def test_anything_else_is_not(change, told):
@@ -73,13 +74,22 @@ def test_explained_judgments_make_a_folder(tmp_path):
     class Model:
         def complete(self, prompts, *, max_tokens, temperature=0.0, seed=0):
             texts = [GOOD, "no", GOOD.split("Rule")[0]]
-            return [Completion(text, place == 2, 1, 1) for place, text in enumerate(texts)]
+            answers = [Completion(text, place == 2, 1, 1) for place, text in enumerate(texts)]
+            return [*answers, Completion("", False, 0, 0, "https://host/v1: status 400: too long")]
 
-    kept, aside = explain(Model(), [PAIR] * 3, PLAIN)
-    assert [reason for _, reason in aside] == ["not in the format", "cut off"]
+    kept, aside = explain(Model(), [PAIR] * 4, PLAIN)
+    refused = "refused: https://host/v1: status 400: too long"
+    assert [reason for _, reason in aside] == ["not in the format", "cut off", refused]
     figures = write_explained(tmp_path, kept, aside, PLAIN, {"language model": "test"})
-    assert figures["acceptance_rate"] == 1 / 3 and figures["set_aside/cut off"] == 1 / 3
+    assert figures["acceptance_rate"] == 1 / 4 and figures["set_aside/cut off"] == figures["set_aside/refused"] == 1 / 4
     assert read_judgments({"path": tmp_path}, SCALE) == kept
     rows = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
-    assert [row["reason"] for row in rows] == ["not in the format", "cut off"] and rows[0]["grade"] == "2"
+    assert [row["reason"] for row in rows] == ["not in the format", "cut off", refused] and rows[0]["grade"] == "2"
     assert "explanations were written by a language model" in (tmp_path / "README.md").read_text()
+
+
+def test_reasons_are_kept_where_nothing_passes(tmp_path):
+    with pytest.raises(ValueError, match="no judgment to write"):
+        write_explained(tmp_path / "new", [], [(PAIR, "cut off")], PLAIN, {})
+    (row,) = (tmp_path / "new" / "set_aside.jsonl").read_text().splitlines()
+    assert json.loads(row)["reason"] == "cut off"

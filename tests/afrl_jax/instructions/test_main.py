@@ -74,6 +74,21 @@ def test_a_spent_budget_is_an_exit_of_1(folder, server, tmp_path, capsys):
     assert ended.value.code == 1 and "budget of calls" in capsys.readouterr().err
 
 
+EVOLVE = ["--queries=40", "--rounds=1", "--clusters=3", "--edits=2"]
+
+
+def test_a_spent_budget_can_be_raised_and_the_server_moved(server, tmp_path, capsys):
+    command = ["evolve", f"--workdir={tmp_path}", *EVOLVE, "--proposer=language_model", "--language_model=m"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, f"--base_url={server}", "--calls=1"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "budget of calls" in told and "run again with a larger budget" in told
+    first = tmp_path / "evolution" / "language_model" / "round_01.json"
+    assert not first.exists()
+    main([*command, f"--base_url={server}/", "--calls=50"])
+    assert json.loads(first.read_text())["stopped"] == "no edit was accepted"
+
+
 def test_examples_for_every_rule(tmp_path, capsys):
     main(["synthesize", f"--output={tmp_path / 'made'}", "--per_rule=1"])
     assert len(read_judgments({"path": tmp_path / "made"}, SCALE)) > 60
@@ -86,6 +101,16 @@ def test_examples_for_every_rule(tmp_path, capsys):
         (["evolve", "--workdir=w", "--dev_new=x"], "give both --dev_new and --dev_replay"),
         (["evolve", "--workdir=w", "--dev_new=x", "--dev_replay=y"], "need --model and --instruction"),
         (["evolve", "--workdir=w", "--model=./absent"], "./absent: neither a model folder"),
+        (["evolve", "--workdir=w", "--model=."], "to judge zero-shot it needs --calibration"),
+        (["evolve", "--workdir=w", "--calibration=x"], "--calibration and --pairs go with your own judgments"),
+        (["evolve", "--workdir=w", "--pairs=9"], "--calibration and --pairs go with your own judgments"),
+        (
+            ["evolve", "--workdir=w", "--dev_new=x", "--dev_replay=y", "--model=.", "--instruction=i", "--queries=9"],
+            "--queries is the size of the built-in world",
+        ),
+        (["synthesize", "--output=o", "--model=."], "is no relevance model"),
+        (["explain", "--judgments=j", "--output=o", "--seed=1"], "unrecognized arguments: --seed=1"),
+        (["explain", "--judgments=j", "--output=o", "--model=m"], "--model"),
         (["evolve", "--workdir=w", "--proposer=guess", "--queries=10"], "proposer: 'guess' is unknown"),
         (["evolve", "--workdir=w", "--proposer=language_model", "--queries=10"], "needs base_url and model"),
         (["explain", "--judgments=nowhere", "--output=o", "--base_url=http://h/v1", "--language_model=m"], "nowhere"),
@@ -122,10 +147,18 @@ def test_a_pretrained_model_on_human_judgments(tiny_model, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*command, *more])
         assert told in capsys.readouterr().err
-    main([*command, f"--calibration={held}"])
+    command.append(f"--calibration={held}")
+    main(command)
     done = json.loads((tmp_path / "run" / "evolution" / "mined" / "round_01.json").read_text())
     assert done["proposals"] or done["stopped"] == "no edit was accepted"
     assert "pairs to grade (36 each)" in capsys.readouterr().err  # 20 of 24 and 16 of 16 pairs
+    # Another model, and other judgments, under the same paths.
+    write_weights(tmp_path / "model", model.config, {name: 2 * value for name, value in model.parameters.items()})
+    write_judgments(held, judgments[:8], scale)
+    with pytest.raises(SystemExit):
+        main(command)
+    told = capsys.readouterr().err
+    assert "  model_version: '" in told and "  judgments.calibration: '" in told and told.count(" then, '") == 2
 
 
 def test_a_broken_instruction_is_named(tmp_path, capsys):
@@ -136,8 +169,7 @@ def test_a_broken_instruction_is_named(tmp_path, capsys):
 
 
 def test_the_built_in_world_evolves_without_any_model(tmp_path):
-    command = [sys.executable, "-m", "afrl_jax.instructions", "evolve", "--workdir=run", "--queries=40", "--rounds=1",
-               "--clusters=3", "--edits=2"]  # fmt: skip
+    command = [sys.executable, "-m", "afrl_jax.instructions", "evolve", "--workdir=run", *EVOLVE]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

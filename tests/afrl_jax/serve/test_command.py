@@ -61,6 +61,40 @@ def test_sigterm_lets_what_was_admitted_end(export, tmp_path):
     assert lines[-1]["event"] == "shut down" and "very-secret" not in errors
 
 
+def slow_to_load(what):
+    """The command with a model whose loading runs the statement."""
+    command = f"""
+import time
+from afrl_jax import relevance_file
+from afrl_jax.scoring import RelevanceModel
+def load(*arguments, **options):
+    {what}
+RelevanceModel.load, relevance_file.read = load, lambda model: None
+from afrl_jax.serve.__main__ import main
+main(["--model=m", "--port=0"])
+"""
+    return subprocess.Popen([sys.executable, "-c", command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_server_that_still_loads(ending):
+    server = slow_to_load("time.sleep(600)")
+    try:
+        assert json.loads(server.stderr.readline())["event"] == "listening"
+        time.sleep(0.5)  # until the server has taken the signals over
+        server.send_signal(ending)
+        _, errors = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0 and json.loads(errors.splitlines()[-1])["event"] == "shut down"
+
+
+def test_a_model_that_fails_in_any_way_is_status_2():
+    _, errors = (server := slow_to_load('raise RuntimeError("out of memory")')).communicate(timeout=120)
+    assert server.returncode == 2 and "in load" in errors
+    assert errors.splitlines()[-1] == "python -m afrl_jax.serve: error: out of memory"
+
+
 def test_a_model_that_lost_its_golden_scores_is_not_served(export, tmp_path):
     spoilt = tmp_path / "export"
     shutil.copytree(export[0], spoilt)

@@ -29,7 +29,9 @@ WRONG = [
     (RERANK, GOOD | {"documents": ["a"] * 9}, "documents", "9 of them; 1 to 8"),
     (RERANK, GOOD | {"documents": ["a", "b" * 50_001]}, "documents[1]", "50000 are allowed"),
     (RERANK, GOOD | {"documents": ["a", {"note": "\udfff"}]}, "documents[1]", "surrogate"),
-    (RERANK, GOOD | {"documents": ["a", {"text": 3}]}, "documents[1]", "valid string"),
+    (RERANK, GOOD | {"documents": ["a", {"text": 3}]}, "documents[1].text", "valid string"),
+    (RERANK, GOOD | {"documents": [{"text": "a", "tags": [["b"]]}]}, "documents[0].tags", "or a list of these"),
+    (RERANK, GOOD | {"documents": [3]}, "documents[0]", "valid string"),
     (RERANK, GOOD | {"top_n": -1}, "top_n", "greater than or equal to 0"),
     (RERANK, GOOD | {"max_tokens_per_doc": 0}, "max_tokens_per_doc", "greater than or equal to 1"),
     (RERANK, [1], "body", "valid dictionary"),
@@ -38,9 +40,12 @@ WRONG = [
     (SCORE, {"text_1": [], "text_2": ["a"]}, "text_1", "0 of them for 1"),
     (SCORE, {"text_1": "a", "text_2": []}, "text_2", "1 to 8"),
     (SCORE, {"text_1": "a"}, "text_2", "required"),
+    (SCORE, {"text_1": "a", "text_2": ["b", {"text": 3}]}, "text_2[1].text", "valid string"),
+    (SCORE, {"text_1": None, "text_2": ["a"]}, "text_1", "required"),
     (SCORE, {"query": "a", "items": ["b"], "label_token_ids": [5]}, "label_token_ids", "5 is no label"),
     (SCORE, {"query": "a", "items": ["b"], "item_first": True}, "item_first", "False"),
     (RELEVANCE, {"query": "a"}, "document", "required"),
+    (RELEVANCE, {"query": "a", "document": {"title": []}}, "document.title", "valid string"),
     (RELEVANCE, {"query": "a", "document": "b", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
 ]
 
@@ -57,6 +62,21 @@ def refused(response, status, kind):
 def test_a_wrong_field_is_named(running, path, body, field, told):
     error = refused(running[0].post(path, body), 422, "invalid_request")
     assert error["param"] == field and told in error["message"] and field in error["message"]
+
+
+def test_a_query_of_too_many_tokens_is_refused(serving, slow_scorer):
+    with serving(slow_scorer, Settings(max_query_tokens=60)) as server:
+        assert server.post(RERANK, GOOD | {"query": "z" * 30}).status_code == 200
+        long = {"query": "z" * 30, "context": "q" * 40}
+        for path, body, field in (
+            (RERANK, GOOD | long, "query"),
+            (RELEVANCE, {**long, "document": "a"}, "query"),
+            (SCORE, {"text_1": "z" * 70, "text_2": "a"}, "text_1"),
+        ):
+            error = refused(server.post(path, body), 422, "invalid_request")
+            assert error["param"] == field and "; 60 are allowed" in error["message"]
+            assert int(error["message"].split()[1]) > 60
+        assert server.service.batcher.held == 0
 
 
 def test_a_body_that_cannot_be_read_is_told(running):
@@ -156,6 +176,22 @@ def test_a_failure_is_told_to_the_one_it_belongs_to(serving, slow_scorer, caplog
         assert "results" not in answers[1].json() and refused(answers[1], 500, "scoring_failed")
         assert "a bad document" not in answers[1].text and "a bad document" in caplog.text
         assert server.service.batcher.held == 0
+
+
+def test_what_nobody_foresaw_has_an_id_and_a_line(serving, slow_scorer, caplog):
+    caplog.set_level(logging.INFO, "afrl_jax.serve")
+
+    class Broken(slow_scorer):
+        def graded(self, probabilities):
+            raise KeyError("a secret of ours")
+
+    with serving(Broken) as server:
+        response = server.post(RERANK, GOOD, headers={"x-request-id": "one"})
+        assert refused(response, 500, "scoring_failed") and response.headers["x-request-id"] == "one"
+        assert "secret" not in response.text and 'route="/v1/rerank",status="500"' in server.get("/metrics").text
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "afrl_jax.serve"]
+    (line,) = [line for line in lines if line.get("request_id") == "one"]
+    assert line["status"] == 500 and line["error"] == "KeyError('a secret of ours')"
 
 
 def test_probabilities_that_are_no_numbers_are_a_failure(tiny_model):

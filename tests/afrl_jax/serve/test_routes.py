@@ -7,6 +7,8 @@ import httpx
 import numpy as np
 import pytest
 
+from afrl_jax.data.judgment_rows import document_of
+from afrl_jax.data.tables import Problems, read_rows
 from afrl_jax.schema import Document, Query
 
 DOCUMENTS = ["Sourdough at home", "Chess openings", "robots", "Chess openings for kids"]
@@ -121,6 +123,42 @@ def test_one_pair_gets_its_grade(running):
     answer = server.post("/v1/relevance", {"query": QUERY, "document": document, "context": "robots"}).json()
     pair = (Query("", QUERY, "robots"), Document("", "Chess openings", "For kids", {"minutes": "24"}))
     assert answer["score"] == pytest.approx(model.predict(pair), **CLOSE)
+
+
+def test_a_document_is_seen_as_the_readers_of_data_see_it(running, tmp_path):
+    server, model = running
+    given = {"doc_id": "d", "title": "Chess openings", "tags": ["kids", "robots"], "free": True, "old": None, "no": 7.5}
+    (tmp_path / "documents.jsonl").write_text(json.dumps(given))
+    (row,) = read_rows(tmp_path / "documents.jsonl", Problems())
+    read = document_of(row)
+    assert read.fields == {"tags": "kids, robots", "free": "true", "no": "7.5"}
+    document = {name: value for name, value in given.items() if name != "doc_id"}
+    answer = server.post("/v1/relevance", {"query": QUERY, "document": document}).json()
+    assert answer["score"] == pytest.approx(model.predict((Query("", QUERY), read)), **CLOSE)
+    (repeated,) = server.post("/rerank", {"query": QUERY, "documents": [document]}).json()["results"]
+    assert repeated["document"] == document | {"text": "Chess openings"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/rerank", {"query": QUERY, "documents": DOCUMENTS[:2]}),
+        ("/score", {"text_1": QUERY, "text_2": DOCUMENTS[:2]}),
+        ("/score", {"query": QUERY, "items": DOCUMENTS[:2]}),
+        ("/v1/relevance", {"query": QUERY, "document": DOCUMENTS[1]}),
+    ],
+)
+def test_null_is_as_good_as_absent(running, path, body):
+    server, _ = running
+    described = server.get("/openapi.json").json()["components"]["schemas"]
+    names = {"/rerank": ["RerankRequest"], "/score": ["PairsRequest", "ItemsRequest"]}.get(path, ["RelevanceRequest"])
+    (fields,) = [described[name]["properties"] for name in names if body.keys() <= described[name]["properties"].keys()]
+    null = dict.fromkeys([*fields, "query"]) | body
+    assert len(null) > len(body)
+    plain, with_nulls = (server.post(path, some).json() for some in (body, null))
+    for answer in (plain, with_nulls):
+        answer.pop("id"), answer.pop("created", None)
+    assert with_nulls == plain
 
 
 def test_the_explanation_follows_the_grade(running):
