@@ -261,9 +261,7 @@ def reference_logprobs(
     return found
 
 
-def adapted(
-    parameters: Parameters, stage: TrainSettings, inputs: Inputs, settings: Settings, seed: int
-) -> Parameters:
+def adapted(parameters: Parameters, stage: TrainSettings, inputs: Inputs, settings: Settings, seed: int) -> Parameters:
     """What the stage trains: the parameters, or adapters on them."""
     return lora.attach(
         inputs.shape, parameters, rank=stage.lora_rank, targets=stage.lora_targets, seed=seed, dtype=settings.dtype,

@@ -110,9 +110,7 @@ class Weekly:
         first = measured[0]
         if incumbent != (version := self._first_version()):
             rewriter = Rewriter.load(self.registry.path(version), dtype=self.settings.dtype)
-            first = self._measurements(
-                following.contexts, evaluate(rewriter, following, trusted, self.settings.reward)
-            )
+            first = self._measurements(following.contexts, evaluate(rewriter, following, trusted, self.settings.reward))
         verdicts = {
             gate_name: gate.decide(
                 *measured, of_gate, first=first, seed=self.settings.seed, resamples=self.settings.weekly.resamples

@@ -38,7 +38,7 @@ def week_rows(weeks: Sequence[Week]) -> Rows:
             "log_ratio": f"{week['figures']['log_ratio/difference']:+.3f}",
             "judge": f"{week['judge']['candidate'] - week['judge']['incumbent']:+.3f}",
             "improves on the query": f"{week['improvement_rate']:.1%}",
-            "why not": ", ".join(reason.partition(":")[0] for reason in week["reasons"]) or "–",
+            "why not": "; ".join(reason.partition(":")[0] for reason in week["reasons"]) or "–",
         }
         for week in weeks
     ]

@@ -88,9 +88,7 @@ def abstract_attached(
         for name, x in abstract(config, mesh).items()
     }
     return kept | {
-        name: jax.ShapeDtypeStruct(
-            row.shape, jnp.float32, sharding=mesh and rules.sharding(mesh, row.axes, row.shape)
-        )
+        name: jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=mesh and rules.sharding(mesh, row.axes, row.shape))
         for name, row in adapter_table(config, rank, targets).items()
     }
 
