@@ -115,7 +115,7 @@ class Row:
 
     def weight(self, field: str, default: float) -> float:
         value = self.value(field, default)
-        if isinstance(value, str):  # a cell of a CSV file
+        if isinstance(value, str) and str(self.path).endswith(".csv"):
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:

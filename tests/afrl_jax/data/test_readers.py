@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from afrl_jax.data.readers import count_repeated_pairs, read_judgments, read_pairs
-from afrl_jax.data.tables import DataError, FileError
+from afrl_jax.data.tables import DataError, FileError, Problems, read_rows
 from afrl_jax.schema import Document, Judgment, Query, Scale
 
 SHARED = Path(os.environ.get("AFRL_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
@@ -291,3 +291,17 @@ def test_real_judgments(source, labels, queries, pairs, repeated, grades):
     assert count_repeated_pairs(judgments) == repeated
     counts = collections.Counter(judgment.grade for judgment in judgments)
     assert tuple(counts[grade] for grade in range(len(labels))) == grades
+
+
+def test_a_csv_file_of_pairs_may_have_empty_and_long_cells_and_weights(tmp_path):
+    file = tmp_path / "pairs.csv"
+    long = "red " * 50_000
+    file.write_text(f"query,document,title,text\nball,a ball,,\nball,,Ball,{long}\n")
+    first, second = read_pairs(file)
+    assert (first.document, second.document) == (Document("", "", "a ball"), Document("", "Ball", long))
+    rows = read_rows(tmp_path / "w.csv", Problems())
+    (tmp_path / "w.csv").write_text("weight\n0.5\nhalf\n")
+    half, wrong = rows
+    assert half.weight("weight", 1.0) == 0.5
+    with pytest.raises(DataError, match="w.csv:3: weight: must be a finite number"):
+        wrong.weight("weight", 1.0)
