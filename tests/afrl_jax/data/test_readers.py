@@ -303,5 +303,5 @@ def test_a_csv_file_of_pairs_may_have_empty_and_long_cells_and_weights(tmp_path)
     (tmp_path / "w.csv").write_text("weight\n0.5\nhalf\n")
     half, wrong = rows
     assert half.weight("weight", 1.0) == 0.5
-    with pytest.raises(DataError, match="w.csv:3: weight: must be a finite number"):
+    with pytest.raises(DataError, match=r"w\.csv:3: weight: must be a finite number"):
         wrong.weight("weight", 1.0)
