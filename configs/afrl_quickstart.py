@@ -3,8 +3,9 @@
     make quickstart
     python -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
 
-Measured once, with --config.seed=2, 1,600 pairs of held-out queries that nothing was tuned on, 2 cores with AVX-512 and
-nothing beside it, 11:10 in all:
+Measured with --config.seed=2, 1,600 pairs of held-out queries that nothing was tuned on, 2 cores with AVX-512 and
+nothing beside it, 11:10 in all. Two things have changed since: distillation shows more explanations of more queries
+(some 40 s more), and texts no longer tell of intents of other splits (a fifth did).
 
     model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE   format  consistency
     sft       .807      .803 [.776, .829]    .847  .968         .936           .027  .996    .996
@@ -13,9 +14,17 @@ nothing beside it, 11:10 in all:
 
     text 147 s, sft 168 s, rl 28 s, student text 68 s, teacher labels 57 s, distill 148 s, evaluation 21 s
 
+With seed 0, on which mixtures, steps and learning rates were chosen, from one teacher (macro-F1 .848):
+
+    distilled on                                              macro-F1   QWK    format   rule right
+    .6 grades, .25 explained (1,000 queries)                  .828       .832   .898     .49
+    .45 grades, .45 explained (3,000 queries), as it is now   .850       .873   .957     .58
+    .3 grades, .6 explained (4,000 queries), 1,500 steps      .868       .854   .914     .65
+
 What it is meant to do it does: teacher macro-F1 .80, student 95% of it, 15 minutes. Not so the format of the student's
-explanations, which is to be .99. RL costs macro-F1 .020 [.006, .033] and changes QWK by +.005 [-.005, +.018]; why was
-not looked into. The seed matters: with seed 0, on which steps and learning rates were chosen, sft was at .84.
+explanations, which is to be .99: what fails are names of creators, which so small a model does not copy from the query
+but makes up, and then ends in a word that it was taught for the end of a field. RL costs macro-F1 .020 [.006, .033] and
+changes QWK by +.005 [-.005, +.018]; why was not looked into.
 
 What matters, in the order in which it was found: texts dense in comparisons, with asides
 (`afrl_jax/data/clips_texts.py`), parameters that start by looking for their like (`lm_jax/parameters.py`), explanations
@@ -64,7 +73,7 @@ def get_config() -> ConfigDict:
                 "schedule": "linear", "arm": "decay", "save_every": 10,
                 "rollouts": {"prompts": 8, "group": 8, "max_new_tokens": 64, "expert_rows": 4},
             },
-            "student_text": {**text, "model": "student", "steps": 900},
+            "student_text": {**text, "model": "student", "steps": 600},
             "distill": {
                 "kind": "distill", "mixture": {"grades": 0.45, "explained": 0.45, "texts": 0.1},
                 "steps": 1200, "learning_rate": 1e-3, "model": "student",
