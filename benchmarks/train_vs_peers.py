@@ -15,8 +15,8 @@ float32, then steps are timed in bf16 compute, in turns; figures are medians, "r
            "expected" is the ratio of tokens, G (P + A) / (P + G A): attention makes the true one larger, what does not
            depend on tokens (the head at answer tokens, the optimizer) makes it smaller
 
-Prints a line a figure, and one line of JSON last. Measured once, a part at a time, on 2 cores with AMX whose clock was far
-from steady; losses agree to 1e-6. Seconds a step in bf16, and the peer's over ours:
+Prints a line a figure, and one line of JSON last. Measured once, a part at a time, on 2 cores with AMX whose clock was
+far from steady; losses agree to 1e-6. Seconds a step in bf16, and the peer's over ours:
 
     sft    SFTTrainer 13.6, bare loop 10.4, ours 15.1       .90 and .68 (goals 2 and 1.2)
     grpo   GRPOTrainer 57.6, ours 24.9                      2.31 (goal 5)
