@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from afrl_jax import relevance_file
 from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
-from afrl_jax.data.tables import as_text
+from afrl_jax.data.judgment_rows import document_of
+from afrl_jax.data.tables import Row
 from afrl_jax.decision import MOST_PROBABLE, Decision
 from afrl_jax.explanations import explanations
 from afrl_jax.label_scorer import LabelScorer
@@ -276,9 +277,5 @@ def _document(document: Any) -> Document:
         return document
     if isinstance(document, dict):
         given = {name: value for name, value in document.items() if value is not None}
-        fields = {name: as_text(value) for name, value in given.items() if name not in ("title", "text")}
-        for name, text in fields.items():
-            if text is None:
-                raise ValueError(f"document: {name} must be text, a number, a date or a list of these: {given[name]!r}")
-        return Document("", given.get("title", ""), given.get("text", ""), fields)
+        return document_of(Row("document", 1, {"title": ""} | given))
     return Document("", document)

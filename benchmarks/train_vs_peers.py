@@ -23,7 +23,7 @@ far from steady; losses agree to 1e-6. Seconds a step in bf16, and the peer's ov
     mpo    DPOTrainer 11.6, ours 7.9                        1.48 (goal 2.5)
 
 All goals are missed. Of a supervised step of ours half is matrix products; a quarter goes into writing each layer's
-residuals and gradients into the stacked arrays of the scan, by one thread, an eighth into copies, by the profiler.
+residuals and gradients into the stacked arrays of the scan, an eighth into copies, by the profiler.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Measured with --config.seed=2, 1,600 pairs of held-out queries that nothing was tuned on, 2 cores with AVX-512 and
 nothing beside it, 11:10 in all. Two things have changed since: distillation shows more explanations of more queries
-(some 40 s more), and texts no longer tell of intents of other splits (a fifth did).
+(some 40 s more, by estimate), and texts no longer tell of intents of other splits (a fifth did).
 
     model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE   format  consistency
     sft       .807      .803 [.776, .829]    .847  .968         .936           .027  .996    .996

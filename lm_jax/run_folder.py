@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_jax.checkpoint import load_tree, save_tree
-from sharding.distributed import is_primary, on_primary
+from sharding.distributed import on_primary
 
 
 class ConfigChanged(ValueError):
@@ -32,6 +32,9 @@ class RunFolder:
             workdir.mkdir(parents=True, exist_ok=True)
             if not (workdir / "config.json").exists():
                 write_atomically(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+            for left in (workdir / "checkpoints").glob("*"):  # a kill came between the mark and their removal
+                if (workdir / "stages" / left.name / "done.json").exists():
+                    shutil.rmtree(left)
 
         on_primary("run folder", begin)
 
@@ -42,11 +45,7 @@ class RunFolder:
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The facts that a finished stage left (seconds, ...), None where it is not finished."""
         file = self.path / "stages" / stage / "done.json"
-        if not file.exists():
-            return None
-        if is_primary():  # a kill may have come between the two
-            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
-        return json.loads(file.read_text())
+        return json.loads(file.read_text()) if file.exists() else None
 
     def finish(self, stage: str, facts: Mapping[str, Any], arrays: Any = None) -> None:
         """Mark a stage finished, after writing its arrays; then drop its checkpoints. All processes call it."""

@@ -67,7 +67,7 @@ def test_a_dictionary_is_the_document_that_the_readers_make_of_it(model, tmp_pat
     assert scoring._document(given) == pair.document
     assert scoring._document({"title": None, "text": "red"}) == Document("", "", "red")
     assert model.predict(("ball", given)) == model.predict([("ball", given)])[0]
-    with pytest.raises(ValueError, match="document: size must be text"):
+    with pytest.raises(ValueError, match="size: must be text"):
         model.predict([("ball", {"title": "Ball", "size": {"cm": 3}})])
 
 

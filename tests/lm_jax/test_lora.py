@@ -45,6 +45,15 @@ def test_fresh_adapters_change_nothing():
     assert all(fresh[f"{target}_lora_down"].any() for target in lora.TARGETS)  # else both gradients would be zero
 
 
+def test_a_plan_knows_what_is_attached():
+    for rank in (0, 3):
+        options = {"rank": rank, "targets": ("query", "down"), "dtype": "bfloat16"}
+        made = lora.attach(CONFIG, start(), seed=1, **options)
+        planned = lora.abstract_attached(CONFIG, **options)
+        described = {name: (x.shape, x.dtype) for name, x in made.items()}
+        assert {name: (x.shape, x.dtype) for name, x in planned.items()} == described
+
+
 @pytest.mark.parametrize("targets", [("query",), ("output", "down"), lora.TARGETS], ids=" ".join)
 def test_a_merged_model_is_weight_plus_product(targets):
     parameters = adapted(targets)

@@ -60,6 +60,15 @@ def test_a_stage_killed_between_its_arrays_and_its_end_is_not_finished(tmp_path,
     np.testing.assert_array_equal(again.arrays("sft", {"a": jax.ShapeDtypeStruct((2,), jnp.float32)})["a"], 1.0)
 
 
+def test_checkpoints_of_a_finished_stage_are_removed_at_the_next_start(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    run.finish("sft", {})
+    for stage in ("sft", "rl"):  # sft's as if a kill had come before their removal
+        (run.checkpoints(stage) / "10").mkdir(parents=True)
+    again = RunFolder(tmp_path, CONFIG)
+    assert not again.checkpoints("sft").exists() and (again.checkpoints("rl") / "10").is_dir()
+
+
 def test_once_runs_once(tmp_path):
     calls = []
     for _ in range(2):
