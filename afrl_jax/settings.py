@@ -254,10 +254,10 @@ def _check_models(settings: Settings) -> None:
     if all(isinstance(stage, TextStage) for stage in settings.stages):
         raise ValueError(f"stages {', '.join(settings.stage_names)}: none trains a grade, as sft, rl and distill do")
     for place, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
-        if isinstance(stage, DistillStage) and ("teacher" not in trained[:place] or "teacher" in trained[place:]):
+        early = "teacher" not in trained[:place] or "teacher" in trained[place:]
+        if isinstance(stage, DistillStage) and early:
             raise ValueError(f"{name}: distillation comes after the teacher's last stage")
-        teachers = [other for other, model in zip(settings.stage_names, trained, strict=True) if model == "teacher"]
-        if stage.model == "student" and settings.student.cut and not (teachers and "teacher" not in trained[place:]):
+        if stage.model == "student" and settings.student.cut and early:
             raise ValueError(f"{name}: student.cut cuts the trained teacher, so all stages of the teacher come first")
 
 
