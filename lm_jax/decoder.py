@@ -124,6 +124,16 @@ def attend(
     return split(q_BTNH, k_BTKH, v_BTKH, groups_BT, branches_BT)
 
 
+def written_out() -> bool:
+    """Whether the loop over layers is unrolled: on CPU, where the bookkeeping of a loop costs as much as its products.
+
+    There each turn copies what it slices and stacks, and 16-bit floats become float32 and back on the way. Elsewhere a
+    loop costs nothing and one layer compiles faster than many. What counts is the mesh that is set, if one is.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
 @struct.dataclass
 class Cache:
     """Keys and values of P prompts and of the G answers that continue each.
@@ -134,8 +144,22 @@ class Cache:
     prompt_keys: jax.Array  # [L, P, S, K, H]
     prompt_values: jax.Array  # [L, P, S, K, H]
     prompt_lengths: jax.Array  # [P]
-    answer_keys: jax.Array  # [L, P, G, A, K, H]
+    answer_keys: jax.Array  # [L, P, G, A, K, H], of `empty_answers`
     answer_values: jax.Array  # [L, P, G, A, K, H]
+
+
+def empty_answers(shape_LPGAKH: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros for keys or values of answers; 16-bit floats on CPU as integers of the same bits.
+
+    To write one token's keys into an array of such floats the CPU compiler turns all of it into float32 and back.
+    """
+    bits = jnp.dtype(dtype).itemsize == 2 and written_out()
+    empty = jnp.zeros(shape_LPGAKH, jnp.uint16 if bits else dtype)
+    return constrain(empty, ("layers", "batch", None, None, "kv_heads", "head_size"))
+
+
+def _bits_as(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 class Decoder(nnx.Module):
@@ -181,8 +205,7 @@ class Decoder(nnx.Module):
         hidden_PSD, (keys, values) = self._full(tokens_PS, positions_PS, groups_PS, None, keep_cache=True)
         last_PD = jnp.take_along_axis(hidden_PSD, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
         config = self.config
-        empty = jnp.zeros((config.layers, P, group, answer, config.kv_heads, config.head_size), self.dtype)
-        empty = constrain(empty, ("layers", "batch", None, None, "kv_heads", "head_size"))
+        empty = empty_answers((config.layers, P, group, answer, config.kv_heads, config.head_size), self.dtype)
         return last_PD, Cache(keys, values, lengths_P, empty, empty)
 
     def decode(self, tokens_PG: jax.Array, step: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -210,24 +233,26 @@ class Decoder(nnx.Module):
             q_PGNH, k_PGKH, v_PGKH = self._queries_keys_values(x_PGD, weights, angles)
 
             def append(block, new_PGKH):
-                return jax.lax.dynamic_update_slice(block, new_PGKH[None, :, :, None], (index, 0, 0, step, 0, 0))
+                new = _bits_as(new_PGKH, block.dtype)[None, :, :, None]
+                return jax.lax.dynamic_update_slice(block, new, (index, 0, 0, step, 0, 0))
 
             answer_keys, answer_values = append(answer_keys, k_PGKH), append(answer_values, v_PGKH)
+            own_keys_PGAKH, own_values_PGAKH = (_bits_as(x[index], self.dtype) for x in (answer_keys, answer_values))
             q_PGKMH = q_PGNH.reshape(P, G, K, -1, H) * H**-0.5
             over_prompt = jnp.where(
                 in_prompt_PS[:, None, None, None], contract("pgkmh,pskh->pgkms", q_PGKMH, prompt_keys_PSKH), -jnp.inf
             )
-            over_answer = jnp.where(in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, answer_keys[index]), -jnp.inf)
+            over_answer = jnp.where(in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, own_keys_PGAKH), -jnp.inf)
             weight = jax.nn.softmax(jnp.concatenate([over_prompt, over_answer], axis=-1), axis=-1)
             prompt_weight, answer_weight = jnp.split(weight, [prompt_keys_PSKH.shape[1]], axis=-1)
             mixed = contract("pgkms,pskh->pgkmh", prompt_weight, prompt_values_PSKH)
-            mixed += contract("pgkma,pgakh->pgkmh", answer_weight, answer_values[index])
+            mixed += contract("pgkma,pgakh->pgkmh", answer_weight, own_values_PGAKH)
             return (self._finish(x_PGD, mixed.reshape(q_PGNH.shape), weights), answer_keys, answer_values), None
 
         x_PGD = self._embed(tokens_PG)
         inputs = (jnp.arange(self.config.layers), self._layers(), cache.prompt_keys, cache.prompt_values)
         carry = (x_PGD, cache.answer_keys, cache.answer_values)
-        (x_PGD, answer_keys, answer_values), _ = jax.lax.scan(block, carry, inputs)
+        (x_PGD, answer_keys, answer_values), _ = jax.lax.scan(block, carry, inputs, unroll=written_out())
         hidden_PGD = rms_norm(x_PGD, self.final_norm[...], self.config.norm_epsilon)
         return hidden_PGD, cache.replace(answer_keys=answer_keys, answer_values=answer_values)
 
@@ -246,7 +271,7 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             block = jax.checkpoint(block, policy=REMAT[self.remat], prevent_cse=False)
         x_BTD = constrain(self._embed(tokens_BT), ("batch", "length", "activation"))
-        x_BTD, cache = jax.lax.scan(block, x_BTD, self._layers())
+        x_BTD, cache = jax.lax.scan(block, x_BTD, self._layers(), unroll=written_out())
         return rms_norm(x_BTD, self.final_norm[...], self.config.norm_epsilon), cache
 
     def _embed(self, tokens: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from flax import struct
 
 from kernels.prefix_attention import prefix_attention
 from lm_jax.config import DecoderConfig
-from lm_jax.decoder import Cache, Decoder, rotary_angles
+from lm_jax.decoder import Cache, Decoder, empty_answers, rotary_angles
 from sharding.rules import constrain, on_each_device
 
 
@@ -138,7 +138,7 @@ def answer_cache(blocks: Sequence[Block], lengths: Sequence[int], answer: int) -
     keys_LPSKH = jnp.stack([block.keys for block in blocks], axis=1)
     values_LPSKH = jnp.stack([block.values for block in blocks], axis=1)
     L, P, _, K, H = keys_LPSKH.shape
-    empty = jnp.zeros((L, P, 1, answer, K, H), keys_LPSKH.dtype)
+    empty = empty_answers((L, P, 1, answer, K, H), keys_LPSKH.dtype)
     return Cache(keys_LPSKH, values_LPSKH, jnp.array(lengths, jnp.int32), empty, empty)
 
 

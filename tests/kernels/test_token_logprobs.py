@@ -166,7 +166,7 @@ def test_bfloat16_operands_give_float32_results_and_their_own_gradients():
 
 def test_no_buffer_holds_the_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
-    M, D, V = 4096, 8, 2048
+    M, D, V = 4096, 8, 8192
     hidden, head, target = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(M, D, V))
 
     def loss(hidden, head, target):
