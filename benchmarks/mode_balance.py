@@ -205,7 +205,8 @@ def _draw(rows: Rows, across: str) -> Picture:
                    color=color, alpha=0.35, markersize=4)  # fmt: skip
         means = [np.nanmean([row["recall"] for row in of_bucket if row[across] == place]) for place in places]
         panel.plot(range(len(places)), means, "o-", color=color, label=bucket)
-    panel.set_xticks(range(len(places)), places, rotation=0 if across == "lambda" else 30, ha="center")
+    turned = {} if across == "lambda" else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    panel.set_xticks(range(len(places)), [f"{p:g}" if across == "lambda" else p for p in places], **turned)
     panel.set(xlabel=across, ylabel="recall of the rules")
     panel.yaxis.set_major_formatter(PercentFormatter(1))
     report_pictures.shared_legend(picture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import sys
@@ -28,16 +27,19 @@ def silence() -> None:
 
 
 class RunLog:
-    """Appends one record a step to `workdir`/log.jsonl and to TensorBoard events in `workdir`/tensorboard."""
+    """Appends one record a step to `workdir`/log.jsonl and to TensorBoard events in `workdir`/tensorboard/STAGE."""
 
     def __init__(self, workdir: Path):
         self._workdir, self._path = workdir, workdir / "log.jsonl"
+        self._events: dict[str, Any] = {}
 
-    @functools.cached_property
-    def _events(self):
-        from tensorboardX import SummaryWriter  # slow: it looks for torch
+    def _events_of(self, stage: str, step: int):
+        """Where events of a stage go. The first to be written here hides those that TensorBoard has from it on."""
+        if stage not in self._events:
+            from tensorboardX import SummaryWriter  # slow: it looks for torch
 
-        return SummaryWriter(str(self._workdir / "tensorboard"))
+            self._events[stage] = SummaryWriter(str(self._workdir / "tensorboard" / stage), purge_step=step)
+        return self._events[stage]
 
     def seconds(self, stage: str) -> float:
         """What a stage has taken so far, over all the times it was resumed: the `seconds` of its newest record."""
@@ -70,12 +72,12 @@ class RunLog:
             file.write(json.dumps({"stage": stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             if value is not None:
-                self._events.add_scalar(f"{stage}/{name}", value, step)
+                self._events_of(stage, step).add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the events, if there are any."""
-        if "_events" in self.__dict__:
-            self._events.close()
+        for events in self._events.values():
+            events.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -84,6 +84,10 @@ class EvolutionSettings:
     seed: int = 0
     chat: ChatSettings = dataclasses.field(default_factory=ChatSettings)
 
+    def __post_init__(self) -> None:
+        if self.proposer == "mined" and (self.chat.base_url or self.chat.model):
+            raise ValueError("proposer: mined rules ask no language model, but one is given: base_url or its name")
+
     @property
     def size(self) -> Size:
         return Size(self.rounds, self.clusters, self.edits, self.least_cluster)

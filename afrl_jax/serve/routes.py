@@ -154,11 +154,11 @@ STREAM = {
 async def relevance(body: wire.RelevanceRequest, request: Request, service: ServiceHere, client: ClientHere) -> Any:
     """The grade of one pair; with `explain` the reasoning follows as it is written."""
     query = wire.to_query(body.query, body.context, service.settings)
-    documents = wire.to_documents([body.document], service.settings, "document")
+    document = wire.to_document(body.document, service.settings, "document")
     with contextlib.ExitStack() as held:
         if body.explain:
             held.enter_context(service.place_to_explain())
-        answer = await service.score(request, client, [(query, documents[0])])
+        answer = await service.score(request, client, [(query, document)])
         (graded,) = service.scorer.graded(answer.probabilities)
         fields = told(service, request, answer) | wire.graded_fields(graded)
         grade = wire.RelevanceResponse(**fields, score=graded.score)

@@ -191,23 +191,29 @@ def to_query(text: str, context: str, settings: Settings, name: str = "query") -
 def to_documents(
     bodies: list[DocumentBody], settings: Settings, name: str, rank_fields: list[str] | None = None
 ) -> list[Document]:
-    """The documents of a request, each under its name in error messages: `name[i]`.
+    """The documents of a request, the i-th under the name `name[i]` in error messages.
 
     Raises:
-        Refused: 422, there are none or too many, or one is too long, nested, or no text.
+        Refused: 422, there are none or too many, or as `to_document` says.
     """
     if not 1 <= len(bodies) <= settings.max_documents:
         raise Refused(422, f"{name}: {len(bodies)} of them; 1 to {settings.max_documents} are allowed", param=name)
-    documents = []
-    for index, body in enumerate(bodies):
-        fields = {"text": body} if isinstance(body, str) else _fields(body, f"{name}[{index}]")
-        if rank_fields is not None and not isinstance(body, str):
-            fields = {field: value for field, value in fields.items() if field in rank_fields}
-        _check_text(f"{name}[{index}]", "".join([*fields, *fields.values()]), settings.max_document_chars)
-        title, text = fields.pop("title", ""), fields.pop("text", "")
-        # A line of a prompt is one field: no name may begin a line of its own.
-        documents.append(Document("", title, text, {one_line(field): value for field, value in fields.items()}))
-    return documents
+    return [to_document(body, settings, f"{name}[{index}]", rank_fields) for index, body in enumerate(bodies)]
+
+
+def to_document(body: DocumentBody, settings: Settings, name: str, rank_fields: list[str] | None = None) -> Document:
+    """A document of a request, which has it under that name.
+
+    Raises:
+        Refused: 422, it is too long, nested, or no text.
+    """
+    fields = {"text": body} if isinstance(body, str) else _fields(body, name)
+    if rank_fields is not None and not isinstance(body, str):
+        fields = {field: value for field, value in fields.items() if field in rank_fields}
+    _check_text(name, "".join([*fields, *fields.values()]), settings.max_document_chars)
+    title, text = fields.pop("title", ""), fields.pop("text", "")
+    # A line of a prompt is one field: no name may begin a line of its own.
+    return Document("", title, text, {one_line(field): value for field, value in fields.items()})
 
 
 def _check_text(name: str, text: str, limit: int) -> None:

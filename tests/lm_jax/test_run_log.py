@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lm_jax import run_log
 from lm_jax.run_log import RunLog, read_log
@@ -53,18 +53,36 @@ def test_seconds_of_a_stage_are_those_of_its_newest_record(tmp_path):
     assert [log.seconds(stage) for stage in ("text", "sft", "rl")] == [7.5, 3.5, 0]
 
 
-def test_tensorboard_sees_the_finite_values(tmp_path):
-    log = RunLog(tmp_path)
-    log.write("rl", 4, {"reward": 0.75, "kl": math.nan})
-    log.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    data, found = file.read_bytes(), []
+def tensorboard_events(file):
+    data = file.read_bytes()
     while data:  # records of a TFRecord file: length (8 bytes), its checksum (4), the event, its checksum (4)
         (length,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        yield Event.FromString(data[12 : 12 + length])
         data = data[16 + length :]
-    assert found == [("rl/reward", 4, 0.75)]
+
+
+def test_tensorboard_sees_the_finite_values_of_each_stage(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("rl", 4, {"reward": 0.75, "kl": math.nan})
+    log.write("distill", 0, {"loss": 2.0})
+    log.close()
+    found = [
+        (file.parent.name, value.tag, event.step, value.simple_value)
+        for file in sorted((tmp_path / "tensorboard").glob("*/*"))
+        for event in tensorboard_events(file)
+        for value in event.summary.value
+    ]
+    assert found == [("distill", "loss", 0, 2.0), ("rl", "reward", 4, 0.75)]
+
+
+def test_tensorboard_is_told_which_steps_a_resumed_stage_writes_again(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (2, 3):
+        log.write("rl", step, {"reward": 0.5})
+    log.close()
+    (file,) = (tmp_path / "tensorboard" / "rl").iterdir()
+    started = [event.step for event in tensorboard_events(file) if event.session_log.status == SessionLog.START]
+    assert started == [2]  # what other files have from this step on is hidden
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -113,6 +113,7 @@ def test_examples_for_every_rule(tmp_path, capsys):
         (["explain", "--judgments=j", "--output=o", "--model=m"], "--model"),
         (["evolve", "--workdir=w", "--proposer=guess", "--queries=10"], "proposer: 'guess' is unknown"),
         (["evolve", "--workdir=w", "--proposer=language_model", "--queries=10"], "needs base_url and model"),
+        (["evolve", "--workdir=w", "--base_url=http://h/v1", "--queries=10"], "mined rules ask no language model"),
         (["explain", "--judgments=nowhere", "--output=o", "--base_url=http://h/v1", "--language_model=m"], "nowhere"),
         (["explain", "--judgments=nowhere", "--output=o"], "needs base_url and model"),
     ],

@@ -46,6 +46,8 @@ WRONG = [
     (SCORE, {"query": "a", "items": ["b"], "item_first": True}, "item_first", "False"),
     (RELEVANCE, {"query": "a"}, "document", "required"),
     (RELEVANCE, {"query": "a", "document": {"title": []}}, "document.title", "valid string"),
+    (RELEVANCE, {"query": "a", "document": {"tags": [["b"]]}}, "document.tags", "or a list of these"),
+    (RELEVANCE, {"query": "a", "document": "b" * 50_001}, "document", "50000 are allowed"),
     (RELEVANCE, {"query": "a", "document": "b", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
 ]
 
