@@ -4,15 +4,14 @@
     python -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
 
 Measured with --config.seed=2, 1,600 pairs of held-out queries that nothing was tuned on, 2 cores with AVX-512 and
-nothing beside it, 11:10 in all. Two things have changed since: distillation shows more explanations of more queries
-(some 40 s more, by estimate), and texts no longer tell of intents of other splits (a fifth did).
+nothing beside it, 13:27 in all; format, consistency and rule right are of 256 explanations.
 
-    model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE   format  consistency
-    sft       .807      .803 [.776, .829]    .847  .968         .936           .027  .996    .996
-    rl        .786      .783 [.755, .810]    .853  .970         .936           .027  .996    .996
-    student   .803      .800 [.771, .826]    .859  .960         .930           .016  .941    .934
+    model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE   format  consistency  rule right
+    sft       .835      .832 [.807, .854]    .879  .984         .953           .020  .984    .980         .707
+    rl        .841      .838 [.813, .861]    .881  .984         .952           .018  .984    .980         .707
+    student   .856      .856 [.831, .878]    .893  .975         .946           .036  .980    .945         .684
 
-    text 147 s, sft 168 s, rl 28 s, student text 68 s, teacher labels 57 s, distill 148 s, evaluation 21 s
+    text 156 s, sft 180 s, rl 37 s, student text 89 s, distill 182 s, teacher labels and evaluation the rest
 
 With seed 0, on which mixtures, steps and learning rates were chosen, from one teacher (macro-F1 .848):
 
@@ -21,10 +20,11 @@ With seed 0, on which mixtures, steps and learning rates were chosen, from one t
     .45 grades, .45 explained (3,000 queries), as it is now   .850       .873   .957     .58
     .3 grades, .6 explained (4,000 queries), 1,500 steps      .868       .854   .914     .65
 
-What it is meant to do it does: teacher macro-F1 .80, student 95% of it, 15 minutes. Not so the format of the student's
-explanations, which is to be .99: what fails are names of creators, which so small a model does not copy from the query
-but makes up, and then ends in a word that it was taught for the end of a field. RL costs macro-F1 .020 [.006, .033] and
-changes QWK by +.005 [-.005, +.018]; why was not looked into.
+What it is meant to do it does: teacher macro-F1 .80, student 95% of it, 15 minutes. The student even comes out above the
+teacher, by a macro-F1 of +.018 [-.006, .041]. RL, 12 steps of it, brings macro-F1 +.007 [.001, .012] and QWK +.001
+[-.007, .010]; in an earlier run, before domain texts were mended, it cost macro-F1 .020 [.006, .033]. Not reached is the
+format of explanations, .98 where .99 is meant: what fails are names of creators, which so small a model does not copy
+from the query but makes up, and then ends in a word that it was taught for the end of a field.
 
 What matters, in the order in which it was found: texts dense in comparisons, with asides
 (`afrl_jax/data/clips_texts.py`), parameters that start by looking for their like (`lm_jax/parameters.py`), explanations

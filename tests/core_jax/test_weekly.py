@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from core_jax import gate, weekly_report
+from core_jax import gate, weekly, weekly_report
 from core_jax.evaluation import Evaluated
 from core_jax.gate import GATE, GATES
 from core_jax.incidents import INCIDENTS, LengthBiased
@@ -32,22 +32,26 @@ def config(relevance_folder):
     return config | {"weekly": weeks | {"incidents": INCIDENT_WEEKS}}
 
 
-@pytest.fixture(scope="module")
-def workdir(config, tmp_path_factory):
-    """The first week's candidate is let through, the others are not: what follows from a verdict is what is tested."""
-    folder = tmp_path_factory.mktemp("weekly") / "run"
-    recipe = Recipe(read_settings(config), config, folder)
-    recipe()
-    asked = itertools.count()
+def first_candidates_pass(patch, count=1):
+    """Gates let so many candidates through and no more: what follows from a verdict is what is tested."""
+    asked, real = itertools.count(), gate.decide
 
     def decide(*arguments, **options):
         found = real(*arguments, **options)
         passed = tuple(finding._replace(passed=True, reason="") for finding in found.findings)
-        return dataclasses.replace(found, findings=passed, too_few="kept out" if next(asked) >= len(GATES) else "")
+        too_few = "kept out" if next(asked) >= count * len(GATES) else ""
+        return dataclasses.replace(found, findings=passed, too_few=too_few)
 
-    real = gate.decide
+    patch.setattr(gate, "decide", decide)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weekly") / "run"
+    recipe = Recipe(read_settings(config), config, folder)
+    recipe()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "decide", decide)
+        first_candidates_pass(patch)
         Weekly(recipe)()
     return folder
 
@@ -118,6 +122,57 @@ def test_a_second_start_does_nothing_again(workdir, config, weeks):
     recipe = Recipe(read_settings(config), config, workdir)
     Weekly(recipe)()
     assert (workdir / REGISTRY / "audit.jsonl").read_bytes() == audit
+
+
+class Killed(BaseException):
+    """What no handler of errors catches."""
+
+
+# Where the starts of a run die, one after the other: right after the n-th call of what makes something last.
+DEATHS = [
+    (Registry, "publish", 1),  # the first version is published, not in production
+    (Registry, "promote", 1),
+    (Registry, "publish", 2),  # the candidate
+    (Registry, "promote", 1),
+    (RewriteStore, "write", 1),
+    (weekly, "write_gate_report", 1),
+]
+
+
+def test_a_week_that_is_killed_wherever_it_leaves_something_ends_the_same(workdir, weeks, config, tmp_path):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    for made in (REGISTRY, "weeks", STORE, *(f"stages/{path.name}" for path in (workdir / "stages").glob("week*"))):
+        path = folder / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    for owner, name, dies_after in [*DEATHS, (Weekly, "_week", 1)]:
+        with pytest.MonkeyPatch.context() as patch:
+            first_candidates_pass(patch)
+            calls, real = itertools.count(1), getattr(owner, name)
+
+            def call(*arguments, calls=calls, real=real, dies_after=dies_after, **options):
+                found = real(*arguments, **options)
+                if next(calls) == dies_after:
+                    raise Killed
+                return found
+
+            patch.setattr(owner, name, call)
+            with pytest.raises(Killed):
+                Weekly(Recipe(read_settings(config), config, folder))()
+        assert not (folder / "stages/week1/done.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        first_candidates_pass(patch)
+        Weekly(Recipe(read_settings(config), config, folder))()
+
+    assert [json.loads((folder / f"stages/week{n}/done.json").read_text()) for n in (1, 2, 3)] == weeks
+    moves = [
+        [(record["action"], record["to"]) for record in Registry(run / REGISTRY, golden_self_test).history()
+         if record["action"] in ("promote", "rollback")][:2]
+        for run in (folder, workdir)
+    ]  # fmt: skip
+    assert moves[0] == moves[1] and [action for action, _ in moves[0]] == ["promote", "promote"]
+    for candidates in (run / "candidates" for run in (folder, workdir)):
+        assert not candidates.exists() or not list(candidates.iterdir())
 
 
 def test_incidents_must_be_known_and_in_their_weeks(config):
