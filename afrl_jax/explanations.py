@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from afrl_jax.answer_format import VERDICT_LINE, AnswerFormat
+from afrl_jax.answer_grammar import explanation_table
 from afrl_jax.label_scorer import LabelScorer, Prefix
 from lm_jax.shared_prefix import answer_cache
 from lm_jax.stream import answer_room, follow
@@ -23,9 +24,9 @@ def explanations(
 ) -> Iterator[list[tuple[str, bool]]]:
     """The answers to prompts as they are decoded, greedily, [(text so far, whether it is complete)], again and again.
 
-    An answer begins with the label of its grade, and where the model comes to the verdict the grade's label is all that
-    may follow: decoding constrained to it, then to the end. So an answer that is complete and well-formed agrees with
-    its grade, at both of its ends.
+    An answer begins with the label of its grade, goes on in the words of the format alone, whatever the model would
+    rather write (see `afrl_jax.answer_grammar`), and ends with that label. So an answer that is complete can be parsed
+    and agrees with its grade, at both of its ends.
 
     Args:
         prompts: of `scorer.prefill`.
@@ -49,7 +50,7 @@ def explanations(
         first,
         config=scorer.config,
         max_new_tokens=max_new_tokens,
-        eos=format.tokenizer.eos,
+        leads_to_SV=explanation_table(format.tokenizer, scorer.config.vocab_size),
         dtype=scorer.dtype,
     ):
         for answer, tokens in zip(answers, found_nP.T.tolist(), strict=False):
@@ -62,8 +63,5 @@ def explanations(
 
 def _told(format: AnswerFormat, answer: list[int], grade: int) -> tuple[str, bool]:
     """The text of an answer's tokens, and whether it is complete."""
-    eos, label = format.tokenizer.eos, format.labels[grade]
-    ended = eos in answer
-    text = format.tokenizer.decode(answer[: answer.index(eos)] if ended else answer)
-    before, verdict, _ = text.partition(VERDICT_LINE)
-    return (f"{before}{verdict} {label}", True) if verdict else (text, ended)
+    before, verdict, _ = format.tokenizer.decode(answer).partition(VERDICT_LINE)
+    return (f"{before}{verdict} {format.labels[grade]}", True) if verdict else (before, False)

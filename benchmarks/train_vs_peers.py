@@ -22,10 +22,10 @@ from steady; losses agree to 1e-6. Seconds a step in bf16, and the peer's over o
     grpo   GRPOTrainer 45.5, ours 17.8                      2.55 (goal 5)
     mpo    DPOTrainer 9.1, ours 5.0                         1.82 (goal 2.5)
 
-All goals are missed. Before layers were written out on CPU (`lm_jax.decoder.written_out`), the head's gradient made tile
-by tile and caches kept as bits, the ratios were .90, .68; 2.31; 1.48. On one core that took a supervised step from 16.6
-to 11.2 s, sampling from 18.4 to 9.5 s. What is left is a step of 500 short operations: matrix products somewhat more
-than half, the rest casts, copies that turn operands, and the softmax of whole squares of scores, by the profiler.
+All goals are missed. Before layers were written out on CPU (`lm_jax.decoder.written_out`), the head's gradient made
+tile by tile and caches kept as bits, the ratios were .90, .68; 2.31; 1.48. On one core that took a supervised step from
+16.6 to 11.2 s, sampling from 18.4 to 9.5 s. What is left is thousands of short operations: by the profiler somewhat
+more than half is matrix products, the rest casts, copies that turn operands, and the softmax of whole squares.
 """
 
 from __future__ import annotations

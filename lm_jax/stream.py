@@ -17,19 +17,24 @@ STEPS = 4  # tokens a call: fewer show sooner, more pay less for each
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _advance(parameters, token_PG, start, cache: Cache, *, config: DecoderConfig, dtype: str):
-    """The `STEPS` tokens that follow token number `start`, [STEPS, P, 1], and the cache with all but the last."""
+def _advance(parameters, token_PG, state_P, start, cache: Cache, leads_to_SV, *, config: DecoderConfig, dtype: str):
+    """The `STEPS` tokens that follow token number `start`, [STEPS, P, 1], the states after them, and the cache with all
+    tokens but the last."""
     decoder = Decoder(config, parameters, dtype=dtype)
 
     def step(carry, offset):
-        token_PG, cache = carry
+        token_PG, state_P, cache = carry
         hidden_PGD, cache = decoder.decode(token_PG, start + offset, cache)
         logits_PGV = contract("pgd,vd->pgv", hidden_PGD, decoder.output_embedding)
+        if leads_to_SV is not None:
+            logits_PGV = jnp.where(leads_to_SV[state_P][:, None] >= 0, logits_PGV, -jnp.inf)
         token_PG = jnp.argmax(logits_PGV, axis=-1).astype(jnp.int32)
-        return (token_PG, cache), token_PG
+        if leads_to_SV is not None:
+            state_P = leads_to_SV[state_P, token_PG[:, 0]].astype(jnp.int32)
+        return (token_PG, state_P, cache), token_PG
 
-    (token_PG, cache), tokens = jax.lax.scan(step, (token_PG, cache), jnp.arange(STEPS))
-    return tokens, cache
+    (_, state_P, cache), tokens = jax.lax.scan(step, (token_PG, state_P, cache), jnp.arange(STEPS))
+    return tokens, state_P, cache
 
 
 def follow(
@@ -39,27 +44,29 @@ def follow(
     *,
     config: DecoderConfig,
     max_new_tokens: int,
-    eos: int | None,
+    leads_to_SV: jax.Array | None = None,
     dtype: str = "float32",
 ) -> Iterator[np.ndarray]:
     """Greedy answers to P cached prompts, that of prompt p beginning with the token `first_P[p]`.
 
     Args:
         cache: with one answer a prompt, of `answer_room(max_new_tokens)` tokens.
+        leads_to_SV: the language that answers are held to after their first token, an automaton over tokens: where
+            token v leads from state s, negative if it may not come there. They begin in state 0; some token must be
+            allowed in every state that is reached.
 
     Yields:
-        The next tokens int32 [n, P], `first_P` alone at first, until every answer has met end-of-text or
-        `max_new_tokens`. What an answer holds after its end-of-text means nothing.
+        The next tokens int32 [n, P], `first_P` alone at first, up to `max_new_tokens` in all. Who has read enough
+        stops asking.
     """
     token_PG = np.asarray(first_P, np.int32)[:, None]
-    ended_P = token_PG[:, 0] == eos
+    state_P = np.zeros(len(token_PG), np.int32)
     yield token_PG.T[:max_new_tokens]
     for start in range(0, max_new_tokens - 1, STEPS):
-        if ended_P.all():
-            return
-        tokens, cache = _advance(parameters, token_PG, np.int32(start), cache, config=config, dtype=dtype)
+        tokens, state_P, cache = _advance(
+            parameters, token_PG, state_P, np.int32(start), cache, leads_to_SV, config=config, dtype=dtype
+        )
         token_PG, found_nP = tokens[-1], np.asarray(tokens)[: max_new_tokens - 1 - start, :, 0]
-        ended_P = ended_P | (found_nP == eos).any(axis=0)
         yield found_nP
 
 

@@ -70,13 +70,18 @@ class Tokenizer:
         """The text of the ids, special tokens included; ids beyond the tokenizer's vocabulary have no text."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
+    def texts(self, vocab_size: int) -> list[str]:
+        """The text of each token alone; "" for special tokens and beyond the tokenizer's vocabulary.
+
+        Bytes that are no whole character are U+FFFD.
+        """
+        ids = range(min(self.vocab_size, vocab_size))
+        found = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=True)
+        return found + [""] * (vocab_size - len(found))
+
     def newlines(self, vocab_size: int) -> np.ndarray:
         """[vocab_size] int32: newline characters in each token's text; 0 beyond the tokenizer's vocabulary."""
-        ids = range(min(self.vocab_size, vocab_size))
-        texts = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
-        counts = np.zeros(vocab_size, np.int32)
-        counts[: len(texts)] = [text.count("\n") for text in texts]
-        return counts
+        return np.array([text.count("\n") for text in self.texts(vocab_size)], np.int32)
 
     def save(self, folder: str | Path, *, chat_template: bool = True) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.

@@ -63,12 +63,13 @@ def test_the_verdict_is_the_grade_whatever_the_model_writes_there(told, grade):
 
 def test_answers_grow_and_stop_when_all_are_complete(told):
     long = render_explanation(WELL_FORMED, "1") + "\nmore and more"
-    steps = told([long, "\nMatch: kids"], [2, 0])
+    short = "\nMatch: \nRule: 0\nVerdict: 3"
+    steps = told([long, short], [2, 0])
     for place in (0, 1):
         texts = [step[place][0] for step in steps]
         assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert steps[0] == [("3", False), ("1", False)]
-    assert steps[-1] == [("3" + render_explanation(WELL_FORMED, "3"), True), ("1\nMatch: kids", True)]
+    assert steps[-1] == [("3" + render_explanation(WELL_FORMED, "3"), True), ("1\nMatch: \nRule: 0\nVerdict: 1", True)]
     assert [complete for _, complete in steps[-2]] == [False, True]
 
 
