@@ -16,6 +16,17 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Each compiled program maps memory, and Linux gives a process 65,530 maps: the whole suite in one needs more."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_of_a_program():
     """A program run in this process by an earlier test set how kernels run and are told; each test begins anew."""
