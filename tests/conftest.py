@@ -18,7 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
-    """Each compiled program maps memory, and Linux gives a process 65,530 maps: the whole suite in one needs more."""
+    """Each compiled program maps memory, and Linux gives a process 65,530 maps by default. One process that ran the
+    whole suite was aborted near its end while it loaded a program."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:

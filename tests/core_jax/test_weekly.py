@@ -32,14 +32,14 @@ def config(relevance_folder):
     return config | {"weekly": weeks | {"incidents": INCIDENT_WEEKS}}
 
 
-def first_candidates_pass(patch, count=1):
-    """Gates let so many candidates through and no more: what follows from a verdict is what is tested."""
+def first_candidate_passes(patch):
+    """Gates let one candidate through and no more: what follows from a verdict is what is tested."""
     asked, real = itertools.count(), gate.decide
 
     def decide(*arguments, **options):
         found = real(*arguments, **options)
         passed = tuple(finding._replace(passed=True, reason="") for finding in found.findings)
-        too_few = "kept out" if next(asked) >= count * len(GATES) else ""
+        too_few = "kept out" if next(asked) >= len(GATES) else ""
         return dataclasses.replace(found, findings=passed, too_few=too_few)
 
     patch.setattr(gate, "decide", decide)
@@ -51,7 +51,7 @@ def workdir(config, tmp_path_factory):
     recipe = Recipe(read_settings(config), config, folder)
     recipe()
     with pytest.MonkeyPatch.context() as patch:
-        first_candidates_pass(patch)
+        first_candidate_passes(patch)
         Weekly(recipe)()
     return folder
 
@@ -147,7 +147,7 @@ def test_a_week_that_is_killed_wherever_it_leaves_something_ends_the_same(workdi
 
     for owner, name, dies_after in [*DEATHS, (Weekly, "_week", 1)]:
         with pytest.MonkeyPatch.context() as patch:
-            first_candidates_pass(patch)
+            first_candidate_passes(patch)
             calls, real = itertools.count(1), getattr(owner, name)
 
             def call(*arguments, calls=calls, real=real, dies_after=dies_after, **options):
@@ -161,16 +161,17 @@ def test_a_week_that_is_killed_wherever_it_leaves_something_ends_the_same(workdi
                 Weekly(Recipe(read_settings(config), config, folder))()
         assert not (folder / "stages/week1/done.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        first_candidates_pass(patch)
+        first_candidate_passes(patch)
         Weekly(Recipe(read_settings(config), config, folder))()
 
     assert [json.loads((folder / f"stages/week{n}/done.json").read_text()) for n in (1, 2, 3)] == weeks
     moves = [
         [(record["action"], record["to"]) for record in Registry(run / REGISTRY, golden_self_test).history()
-         if record["action"] in ("promote", "rollback")][:2]
+         if record["action"] in ("promote", "rollback")]
         for run in (folder, workdir)
     ]  # fmt: skip
-    assert moves[0] == moves[1] and [action for action, _ in moves[0]] == ["promote", "promote"]
+    assert [action for action, _ in moves[0]] == ["promote", "promote"]
+    assert moves[0] == moves[1][:2]  # another test went back there, and on again
     for candidates in (run / "candidates" for run in (folder, workdir)):
         assert not candidates.exists() or not list(candidates.iterdir())
 
