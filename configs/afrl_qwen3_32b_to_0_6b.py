@@ -6,8 +6,8 @@ Hardware: a TPU pod slice; DIR lies on a disk that its hosts share, weights come
 run: no such hardware was at hand, so there are no times and no scores here. What is tested is that every stage of it
 traces and lowers at full size (tests/configs/test_configs.py). By the TPU compiler's figures a step of SFT takes 7.6 s
 on v5p:4x4x4, 51% MFU, with 33 of 96 GiB a chip: 6.4 s of computing, a quarter of it what remat computes again, and 1.2
-of exchanges that nothing hides, most of them the five all-reduces a layer over `tensor`. All stages fit there, and on two
-smaller slices, by the same figures of `--compile_for`:
+of exchanges that nothing hides, most of them the five all-reduces a layer over `tensor`. All stages fit there, and
+on two smaller slices, by the same figures of `--compile_for`:
 
     slice      mesh              micro_batches of sft_*, rl, distill   GiB at most    a step of SFT
     v5p:2x2x4  fsdp=16           4, 8, 2                               48.5 of 95.7   30.5 s, 51% MFU
