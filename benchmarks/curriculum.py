@@ -3,11 +3,13 @@
     python -m benchmarks.curriculum --workdir=runs/curriculum --output=docs/studies
     python -m benchmarks.curriculum --smoke --workdir=runs/curriculum_smoke
 
-On clips, from scratch. Order: S0 domain text, S1 single-rule cases, S2 near misses and conflicts, S3 RL on prompts with
-mixed groups, S4 RL on the natural mix with the SFT auxiliary loss; against the same sources shuffled, and against the
-last mix alone - same steps, rows and tokens. Answer: the grade first and then why; the grade alone; the reason first
-and the grade last - same steps and rows, supervised stages only. Reason-first pays for its score with a decode, so both
-accuracy and the seconds of scoring are told. Stopping and starting again continues. The last line is JSON.
+On clips. Every arm of a seed starts from one model, which has read domain text (S0) and a few judgments, as a
+pretrained model has. Order: S1 single-rule cases, S2 near misses and conflicts, S3 RL on prompts with mixed groups, S4
+RL on the natural mix with the SFT auxiliary loss; against the same sources shuffled, and against the last mix alone -
+same steps, rows and tokens. Answer: the grade first and then why; the grade alone; the reason first and the grade last,
+with half of the loss on the grade - same steps and rows, S1 and S2 only. Reason-first pays for its score with a decode,
+so both accuracy and the seconds of scoring are told. Stages are short: what is asked is what order does, not how far a
+model gets. Stopping and starting again continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ from afrl_jax.evaluation import BUCKETS, Predictions, evaluate_predictions, quer
 from afrl_jax.inputs import open_inputs
 from afrl_jax.instructions.client import LocalModel
 from afrl_jax.schema import DomainText, Judgment
-from afrl_jax.settings import SFTStage, read_settings
+from afrl_jax.settings import read_settings
 from afrl_jax.stage_steps import stage_objective, stage_step
 from benchmarks import studies
 from lm_jax import report_pictures, train_state
-from lm_jax.parameters import Parameters, abstract, initialize
+from lm_jax.parameters import Parameters, abstract
 from lm_jax.report_pictures import Picture, Plot, Rows
+from lm_jax.rows import Group
 from lm_jax.run_folder import RunFolder
 from lm_jax.run_log import RunLog
 from lm_jax.train_loop import fit
+from lm_jax.weights import read_weights
 
 ORDERS = ("ordered", "shuffled", "last")
 ANSWERS = ("answer first", "label only", "reason first")
@@ -48,35 +52,47 @@ COLUMNS = {"macro-F1": "macro_f1", "accuracy": "accuracy", **{b: f"rule_recall/{
 TIMED = 100
 
 
-def staged_config(seed: int, order: str, smoke: bool) -> dict[str, Any]:
-    """S0 to S4 on the quickstart's model."""
+def start_config(seed: int, smoke: bool) -> dict[str, Any]:
+    """S0 and a little of the natural mix, on the quickstart's model: what every arm of a seed starts from."""
     base = studies.base_config(smoke)
-    text, sft, rl = base["text"], base["sft"], base["rl"]
     size = {"split": "train", "documents_per_query": 4 if smoke else 8, "queries": 20 if smoke else 1500}
     data = {
         **base["data"],
+        "dev": {**base["data"]["dev"], "rule_balance": 0.5},
         "single": {"format": "clips", "difficulty": 0.0, "rule_balance": 0.5, **size},
         "hard": {"format": "clips_contrasts", **size},
         "natural": {"format": "clips", **size},
     }
-    half = {**sft, "steps": sft["steps"] // 2}
+    text = {**base["text"], "steps": max(2, base["text"]["steps"] * 2 // 3)}
+    sft = {**base["sft"], "steps": max(2, base["sft"]["steps"] // 17), "mixture": {"natural": 1.0}}
+    kept = {key: base[key] for key in ("tokenizer", "vocabulary", "show_rules", "teacher", "student")}
+    evaluation = {**base["evaluation"], "explained_pairs": 0}
+    return {**kept, "s0": text, "sft": sft, "data": data, "seed": seed, "stages": ("s0", "sft"),
+            "evaluation": evaluation, "title": "curriculum: start"}  # fmt: skip
+
+
+def staged_config(seed: int, order: str, start: Path, smoke: bool) -> dict[str, Any]:
+    """S1 to S4, from the exported start."""
+    base, quick = start_config(seed, smoke), studies.base_config(smoke)
+    sft, rl = quick["sft"], quick["rl"]
+    part = {**sft, "steps": max(2, sft["steps"] // 5)}
     rollouts = {**rl["rollouts"], "pool": 2 if smoke else 4}
     stages = {
-        "s0": text,
-        "s1": {**half, "mixture": {"single": 0.8, text["texts"]: 0.2}},
-        "s2": {**half, "mixture": {"hard": 0.5, "natural": 0.5}},
+        "s1": {**part, "mixture": {"single": 0.8, base["s0"]["texts"]: 0.2}},
+        "s2": {**part, "mixture": {"hard": 0.5, "natural": 0.5}},
         "s3": {**rl, "prompts_from": "natural", "rollouts": rollouts, "sft_weight": 0.0, "arm": "fixed"},
         "s4": {**rl, "prompts_from": "natural", "arm": "fixed", "sft_weight": 0.5},
     }
-    kept = {key: base[key] for key in ("tokenizer", "vocabulary", "show_rules", "teacher", "student", "evaluation")}
-    return {**kept, **stages, "data": data, "seed": seed, "stages": tuple(stages), "curriculum": order,
-            "title": f"curriculum: {order}"}  # fmt: skip
+    source = str(start / "export")
+    kept = {key: base[key] for key in ("show_rules", "student", "evaluation", "data", "seed")}
+    return {**kept, **stages, "teacher": {"source": source}, "tokenizer": source, "stages": tuple(stages),
+            "curriculum": order, "title": f"curriculum: {order}"}  # fmt: skip
 
 
-def answer_config(seed: int, explained: bool, smoke: bool) -> dict[str, Any]:
+def answer_config(seed: int, explained: bool, start: Path, smoke: bool) -> dict[str, Any]:
     """The supervised stages alone; without explanations the same pairs train the grade alone."""
-    config = staged_config(seed, "ordered", smoke)
-    stages = config["stages"][:3]
+    config = staged_config(seed, "ordered", start, smoke)
+    stages = config["stages"][:2]
     if not explained:
         judged = ("single", "hard", "natural")
         data = {name: {**source, "explained": False} if name in judged else source for name, source in
@@ -93,31 +109,42 @@ def reason_text(format: AnswerFormat, judgment: Judgment) -> DomainText:
     return DomainText((given, f"{reason}{format.template.slot}{label}"))
 
 
+def reason_groups(format: AnswerFormat, judgments: Sequence[Judgment], row_tokens: int) -> list[Group]:
+    """Rows of `reason_text`; the grade weighs as much as its reason."""
+    groups = batches.text_groups(format.tokenizer, [reason_text(format, j) for j in judgments], row_tokens)
+    for group in groups:
+        for branch in group.branches:
+            if branch.targets[-1] == format.tokenizer.eos:  # before which stands the grade
+                weight = branch.token_values["explanation_weight"]
+                weight[-2] = weight[:-2].sum()
+    return groups
+
+
 def reason_first(config: Mapping[str, Any], workdir: Path) -> Predictions:
     """Train the same stages on reasons before grades; grade the test pairs by decoding."""
     settings = read_settings(config)
     inputs = open_inputs(settings, workdir / "tokenizer")
     run, log = RunFolder(workdir, {**config, "answer": "reason first"}), RunLog(workdir)
     format, shape = inputs.format, inputs.shapes["teacher"]
-    if not (folder := workdir / "tokenizer").exists():
-        format.tokenizer.save(folder)
     held: Parameters | None = None
     for number, (name, stage) in enumerate(zip(settings.stage_names, settings.stages, strict=True)):
         if run.finished(name):
             held = run.arrays(name, abstract(shape, None))
             continue
-        mixture = stage.mixture if isinstance(stage, SFTStage) else {stage.texts: 1.0}
         groups = []
-        for source, share in mixture.items():
-            texts = inputs.texts.get(source) or [reason_text(format, j) for j in inputs.judgments[source]]
-            groups.append((batches.text_groups(format.tokenizer, texts, stage.row_tokens), share))
+        for source, share in stage.mixture.items():
+            if texts := inputs.texts.get(source):
+                made = batches.text_groups(format.tokenizer, texts, stage.row_tokens)
+            else:
+                made = reason_groups(format, inputs.judgments[source], stage.row_tokens)
+            groups.append((made, share))
         rows = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, len(format.labels))
         dataset = batches.row_batches(
             groups, rows, rows=stage.rows, branches_together=stage.branches_together, seed=settings.seed * 1000 + number
         )
         objective, coefficients = stage_objective(stage)
         transformation, step = stage_step(stage, shape, objective, format.label_ids, settings)
-        parameters = initialize(shape, settings.seed) if held is None else held
+        parameters = read_weights(settings.teacher.source)[1] if held is None else held
         state = fit(
             stage=name, state=train_state.create(parameters, transformation), step=step,
             batch_at=batches.in_order(dataset), coefficients=coefficients, steps=stage.steps,
@@ -198,7 +225,7 @@ def _draw(rows: Rows) -> Picture:
 def main() -> None:
     """Run what is missing, then write the page."""
     parsed = studies.arguments(__doc__, "runs/curriculum")
-    arms = studies.chosen({name: functools.partial(_arm, name) for name in (*ORDERS, *ANSWERS)}, parsed.arms)
+    arms = studies.chosen({name: functools.partial(_arm, name) for name in ("start", *ORDERS, *ANSWERS)}, parsed.arms)
     frequency = natural_frequencies()
     found: dict[str, list[dict[str, float]]] = {}
     for name, arm in arms.items():
@@ -240,10 +267,17 @@ def main() -> None:
 
 
 def _arm(name: str, seed: int, workdir: Path, smoke: bool) -> tuple[Predictions, float]:
+    start = (workdir.parents[1] / "start" / f"seed{seed}").resolve()
+    studies.run(start_config(seed, smoke), start)
+    if name == "start":
+        return studies.predictions_of(start, "sft"), _prefill_seconds(start, start_config(seed, smoke))
     if name == "reason first":
-        predictions = reason_first(answer_config(seed, True, smoke), workdir)
+        predictions = reason_first(answer_config(seed, True, start, smoke), workdir)
         return predictions, json.loads((workdir / "scoring.json").read_text())
-    config = staged_config(seed, name, smoke) if name in ORDERS else answer_config(seed, name == "answer first", smoke)
+    if name in ORDERS:
+        config = staged_config(seed, name, start, smoke)
+    else:
+        config = answer_config(seed, name == "answer first", start, smoke)
     studies.run(config, workdir)
     return studies.predictions_of(workdir, "rl" if name in ORDERS else "sft"), _prefill_seconds(workdir, config)
 

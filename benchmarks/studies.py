@@ -27,14 +27,18 @@ from lm_jax.report_pictures import Plot
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def arguments(description: str, workdir: str) -> argparse.Namespace:
-    """The command line of a study: --workdir, --seeds, --output, --smoke, --arms."""
+def arguments(description: str, workdir: str, data_root: str = "") -> argparse.Namespace:
+    """The command line of a study: --workdir, --seeds, --output, --smoke, --arms, and --data_root where it has one."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path(workdir), help="where the runs live, or go on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder for the page and its pictures; default WORKDIR/study")
     parser.add_argument("--arms", help="names of arms, comma separated; default all")
     parser.add_argument("--smoke", action="store_true", help="the sizes of configs/afrl_smoke.py: checks that all runs")
+    if data_root:
+        parser.add_argument(
+            "--data_root", type=Path, default=Path(data_root), help=f"real data sets; default {data_root}"
+        )
     parsed = parser.parse_args()
     parsed.output = parsed.output or parsed.workdir / "study"
     if parsed.smoke:

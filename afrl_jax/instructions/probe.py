@@ -45,14 +45,17 @@ class ModelJudge:
 
     def __init__(self, model: RelevanceModel, calibration: Sequence[Judgment] = ()):
         self._model, self._calibration = model, calibration
+        self._fitted: dict[str, tuple[Calibration, Decision]] = {}  # by digest of the instruction
 
     def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
         """See `Judge`."""
         found = self._model.label_logprobs([(_told(query, instruction), document) for query, document in pairs])
         if not self._calibration:
             return Graded(Calibration.identity(found.shape[1]).apply(found))
-        told = [dataclasses.replace(j, query=_told(j.query, instruction)) for j in self._calibration]
-        calibration, decision = calibrate(self._model, told)
+        if (key := digest(instruction)) not in self._fitted:
+            told = [dataclasses.replace(j, query=_told(j.query, instruction)) for j in self._calibration]
+            self._fitted[key] = calibrate(self._model, told)
+        calibration, decision = self._fitted[key]
         return Graded(calibration.apply(found), decision)
 
 
