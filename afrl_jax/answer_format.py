@@ -276,7 +276,8 @@ class AnswerFormat:
         if np.max(tokens) >= self.tokenizer.vocab_size:  # has no text: it would be overlooked
             return None
         label = self.labels[self.label_ids.index(tokens[0])]
-        return parse_answer(label + self.tokenizer.decode(tokens[1:-1].tolist()), self.labels)
+        parsed = parse_answer(label + self.tokenizer.decode(tokens[1:-1].tolist()), self.labels)
+        return parsed if parsed and self.labels[parsed.label] == label else None  # "1" and then "0" is no "10"
 
     def _encode_prefix(self, query: Query, salt: bytes) -> np.ndarray:
         return np.array(self.tokenizer.encode(self.prefix_text(query)), np.int32)

@@ -110,6 +110,7 @@ def transformers_probabilities(
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # one for every file it loads, even where nobody watches
     prompts = [torch.tensor(prompt.tokens[None], dtype=torch.long) for prompt in format.encode_prompts(pairs)]
     causal = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     labels = list(format.label_ids)

@@ -76,13 +76,14 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
 def _check_batch(name: str, stage: Stage, mesh: Mesh | None) -> None:
     """The mesh must divide the rows that it is given at once."""
     parts = batch_parts(mesh)
-    given = {"rows / micro_batches": stage.rows // stage.micro_batches}
     if isinstance(stage, RLStage):
         rollouts = stage.rollouts
         given = {
             "rollouts.prompts": rollouts.prompts,
             "(rollouts.prompts + rollouts.expert_rows) / micro_batches": rollouts.rows // stage.micro_batches,
         }
+    else:
+        given = {"rows / micro_batches": stage.rows // stage.micro_batches}
     for key, rows in given.items():
         if rows % parts:
             raise ValueError(f"{name}: {key} is {rows}, which the mesh's {parts} parts of a batch must divide")

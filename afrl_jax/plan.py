@@ -41,7 +41,7 @@ class Lengths:
     @classmethod
     def of(cls, settings: Settings) -> Lengths:
         """At most 512 tokens of instruction and query, documents and answers as long as the config lets them be."""
-        # Rows of RL are as long as their prompts and answers, whatever its row_tokens.
+        # Rows of RL are as long as their prompts and answers.
         rows = min((stage.row_tokens for stage in settings.stages if not isinstance(stage, RLStage)), default=4096)
         answer = min(settings.evaluation.max_new_tokens, rows // 4)
         query = min(512, rows // 4)

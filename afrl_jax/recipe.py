@@ -152,7 +152,8 @@ class Recipe:
         self, name: str, stage: Stage, config: DecoderConfig, parameters: Parameters
     ) -> tuple[Objective, BatchAt, Callable[[int], dict[str, float]]]:
         """What a stage minimizes, the batch of each step, and the coefficients of its terms."""
-        seed = self.settings.seed * 1000 + self.settings.stage_names.index(name)
+        # A stage numbers its sources from its seed on: no two stages may share one.
+        seed = (self.settings.seed * 1000 + self.settings.stage_names.index(name)) * 100
         if isinstance(stage, RLStage):
             return self._rl(stage, config, parameters, seed)
         if isinstance(stage, TextStage):

@@ -42,9 +42,6 @@ class Stage:
     kind: str
     model: str = "teacher"  # or "student"
     steps: int = 100
-    rows: int = 16  # a step
-    row_tokens: int = 256
-    branches_together: int = 4  # documents of a query that share one copy of instruction and query in a row
     micro_batches: int = 1
     optimizer: str = "adamw"  # or "muon", for models from scratch
     optimizer_dtype: str = "float32"  # of the moments between steps; "bfloat16" halves them
@@ -56,21 +53,30 @@ class Stage:
     final_learning_rate: float = 0.1  # share of the peak
     weight_decay: float = 0.05
     clip: float = 1.0  # global gradient norm
-    balance: float = 0.0  # grades weighted by frequency ** -balance
     save_every: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class TextStage(Stage):
+class RowsStage(Stage):
+    """What a stage says that learns from rows of data."""
+
+    rows: int = 16  # a step
+    row_tokens: int = 256
+    branches_together: int = 4  # documents of a query that share one copy of instruction and query in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStage(RowsStage):
     """Language modelling on domain texts: teaches the domain's words, the answer format and, from scratch, to match."""
 
     texts: str = ""  # a name in `data`
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTStage(Stage):
+class SFTStage(RowsStage):
     """Supervised fine-tuning (`afrl_jax.sft`) on a mixture of data sets by share of rows."""
 
+    balance: float = 0.0  # grades weighted by frequency ** -balance
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     label_weight: float = 1.0
     explanation_weight: float = 1.0
@@ -94,10 +100,11 @@ class RLStage(Stage):
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillStage(Stage):
+class DistillStage(RowsStage):
     """Distillation into the student (`afrl_jax.distill`) from the teacher's stored label distributions."""
 
     model: str = "student"
+    balance: float = 0.0  # as of `SFTStage`
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kl_share: float = 0.5  # a
     temperature: float = 2.0  # tau
@@ -210,15 +217,16 @@ def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
     """
     supervised = [s for s in stages if s.model == "teacher" and isinstance(s, TextStage | SFTStage)]
     reinforced = [s for s in stages if isinstance(s, RLStage)]
-    if control == "ordered" or not supervised:
+    if control == "ordered" or not (supervised or (control == "last" and reinforced)):
         return stages
     mixtures = [s.mixture if isinstance(s, SFTStage) else {s.texts: 1.0} for s in supervised]
     tokens = [s.steps * s.rows * s.row_tokens for s in supervised]
-    mixture = shuffled_mixture(mixtures, tokens) if control == "shuffled" else mixtures[-1]
+    mixture = shuffled_mixture(mixtures, tokens) if control == "shuffled" else [{}, *mixtures][-1]
 
     def changed(stage: Stage) -> Stage:
         if any(stage is one for one in supervised):
-            fields = {field.name: getattr(stage, field.name) for field in dataclasses.fields(Stage)}
+            fields = {field.name: getattr(stage, field.name) for field in dataclasses.fields(RowsStage)}
+            fields["balance"] = getattr(stage, "balance", 0.0)
             weights = ("label_weight", "explanation_weight", "ordinal_weight")
             loss = {key: getattr(supervised[-1], key) for key in weights if hasattr(supervised[-1], key)}
             return SFTStage(**{**fields, "kind": "sft"}, mixture=mixture, **loss)
@@ -272,19 +280,21 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
         raise ValueError(f"{name}.lora_targets is empty; known are {', '.join(LORA_TARGETS)}")
     if stage.lora_rank and stage.optimizer == "muon":
         raise ValueError(f"{name}: adapters (lora_rank) are trained with adamw; muon is for models from scratch")
-    counts = ("steps", "rows", "row_tokens", "micro_batches", "branches_together", "save_every")
-    at_least(1, f"{name}.", stage, *counts)
-    at_least(0, f"{name}.", stage, "lora_rank", "weight_decay", "balance", "final_learning_rate")
+    at_least(1, f"{name}.", stage, "steps", "micro_batches", "save_every")
+    at_least(0, f"{name}.", stage, "lora_rank", "weight_decay", "final_learning_rate")
     for key in ("learning_rate", "clip"):
         if getattr(stage, key) <= 0:
             raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")
     if not 0 <= stage.warmup <= 1:
         raise ValueError(f"{name}.warmup: {stage.warmup} is a share of the steps, between 0 and 1")
     used: dict[str, str] = {}
-    rows, what = stage.rows, "rows"
+    if isinstance(stage, RowsStage):
+        at_least(1, f"{name}.", stage, "rows", "row_tokens", "branches_together")
+        rows, what = stage.rows, "rows"
     if isinstance(stage, TextStage):
         used = {"texts": stage.texts}
     elif isinstance(stage, SFTStage | DistillStage):
+        at_least(0, f"{name}.", stage, "balance")
         used = {f"mixture.{source}": source for source in stage.mixture}
         if not used or min(stage.mixture.values()) <= 0:
             raise ValueError(f"{name}.mixture maps names in `data` to shares above 0; it is {dict(stage.mixture)}")

@@ -140,7 +140,11 @@ def reason_first(config: Mapping[str, Any], workdir: Path) -> Predictions:
             groups.append((made, share))
         rows = batches.sft_row_shape([g for some, _ in groups for g in some], stage.row_tokens, len(format.labels))
         dataset = batches.row_batches(
-            groups, rows, rows=stage.rows, branches_together=stage.branches_together, seed=settings.seed * 1000 + number
+            groups,
+            rows,
+            rows=stage.rows,
+            branches_together=stage.branches_together,
+            seed=(settings.seed * 1000 + number) * 100,
         )
         objective, coefficients = stage_objective(stage)
         transformation, step = stage_step(stage, shape, objective, format.label_ids, settings)

@@ -29,11 +29,11 @@ def get_config() -> ConfigDict:
             "data": {
                 "texts": {"format": "clips_text", "split": "train", "texts": 14000},
                 "train": {**rulebooks, "split": "train", "queries": 6000},
-                "calibration": {**rulebooks, "split": "dev", "queries": 60, "keep": (0.0, 0.5)},
+                "calibration": {**rulebooks, "split": "dev", "queries": 240, "keep": (0.85, 1.0)},
                 "dev": {**rulebooks, "split": "test", "queries": 120},
-                # One world of queries in two parts: none is in both.
-                "dev_new": {**clips, "queries": 240, "keep": (0.0, 0.6)},
-                "dev_replay": {**clips, "queries": 240, "keep": (0.6, 1.0)},
+                # One world of queries in three parts: none is in two.
+                "dev_new": {**clips, "queries": 240, "keep": (0.0, 0.5)},
+                "dev_replay": {**clips, "queries": 240, "keep": (0.5, 0.85)},
                 "test": {**clips, "split": "test", "queries": 120},
             },
             "stages": ("text", "sft"),

@@ -1,6 +1,6 @@
 """Every stage in seconds, for tests: it learns nothing.
 
-    python -m afrl_jax.main --config=configs/afrl_smoke.py --workdir=runs/smoke
+python -m afrl_jax.main --config=configs/afrl_smoke.py --workdir=runs/smoke
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,8 @@ def get_config() -> ConfigDict:
         "family": "qwen3", "embed": 32, "layers": 2, "query_heads": 2, "kv_heads": 1, "head_size": 16, "ffn": 64,
         "qk_norm": True,
     }  # fmt: skip
-    small = {"steps": 4, "rows": 4, "row_tokens": 256, "learning_rate": 1e-3, "save_every": 2}
+    short = {"steps": 4, "learning_rate": 1e-3, "save_every": 2}
+    small = {**short, "rows": 4, "row_tokens": 256}
     return ConfigDict(
         {
             "title": "AFRL smoke run",
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
             "text": {"kind": "text", "texts": "texts", **small},
             "sft": {"kind": "sft", "mixture": {"train": 0.75, "texts": 0.25}, **small, "micro_batches": 2},
             "rl": {
-                "kind": "rl", "prompts_from": "train", "experts_from": "expert", **small,
+                "kind": "rl", "prompts_from": "train", "experts_from": "expert", **short,
                 "rollouts": {"prompts": 2, "group": 4, "max_new_tokens": 12, "expert_rows": 2}, "arm": "decay",
                 "kl": 0.01,
             },

@@ -82,6 +82,7 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
 
     from core_jax.phases import NoPairs
     from core_jax.recipe import OtherRelevance, Recipe
+    from core_jax.registry import RegistryError
     from core_jax.settings import Settings, read_settings
     from core_jax.weekly import Weekly
 
@@ -113,7 +114,7 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
         weekly = Weekly(recipe) if settings.weekly.weeks else None
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    with ending_as_told(parser, NoPairs, OtherRelevance, ConnectionError):
+    with ending_as_told(parser, NoPairs, OtherRelevance, RegistryError, ConnectionError):
         recipe()
         if weekly:
             weekly()

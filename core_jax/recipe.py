@@ -98,14 +98,15 @@ class Recipe:
         Raises:
             OtherRelevance: the run began with another.
         """
-        model = RelevanceModel.load(self.settings.relevance, dtype=self.settings.dtype)
-        version = self.run.once("relevance", lambda: {"version": model.version})["version"]
-        if version != model.version:
+        model = RelevanceModel.load(self.settings.relevance, dtype=self.settings.dtype, mesh=self.inputs.mesh)
+        deployed = DeployedRelevance(model, self.run.path / "relevance.sqlite")
+        version = self.run.once("relevance", lambda: {"version": deployed.version})["version"]
+        if version != deployed.version:
             raise OtherRelevance(
-                f"relevance: {self.settings.relevance} holds version {model.version[:12]}, the run began with "
+                f"relevance: {self.settings.relevance} holds version {deployed.version[:12]}, the run began with "
                 f"{version[:12]}; put that back, or use another --workdir"
             )
-        return DeployedRelevance(model, self.run.path / "relevance.sqlite")
+        return deployed
 
     @functools.cached_property
     def sampler(self) -> Sampler:

@@ -27,7 +27,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 MOVES = ("promote", "rollback", "recovered")
 
@@ -82,12 +85,15 @@ class Registry:
             partial = self._versions / ".partial"
             shutil.copytree(source, partial)
             version = content_digest(partial)
-            if (self._versions / version).exists():
+            held = self._versions / version
+            if held.exists() and content_digest(held) == version:
                 shutil.rmtree(partial)
             else:
                 for path in (*partial.rglob("*"), partial):
                     _flush(path)
-                partial.rename(self._versions / version)
+                if held.exists():  # damaged since: the copy takes its place
+                    held.rename(self._versions / ".partial-damaged")
+                partial.rename(held)
                 _flush(self._versions)
             if not any(record["action"] == "publish" and record["to"] == version for record in self.history()):
                 self._record("publish", who, why, None, version, figures)
@@ -195,10 +201,11 @@ class Registry:
                 stack = last
             elif action == "promote":
                 stack += [target] if stack[-1:] != [target] else []
-            else:
+            elif target is None or target in stack:
                 while stack and stack[-1] != target:
                     stack.pop()
-                stack += [target] if target and not stack else []
+            else:  # a rollback to one that was not in production before, or a link set by hand
+                stack.append(target)
         return stack
 
     def _move(self, action: str, target: str, who: str, why: str, figures: Mapping[str, float] | None) -> None:
@@ -254,17 +261,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def golden_self_test(folder: Path) -> None:
-    """Load a model folder and let it answer its golden inputs again; raises where it cannot, or answers otherwise."""
+def golden_self_test(folder: Path, mesh: Mesh | None = None) -> None:
+    """Load a model folder and let it answer its golden inputs again; raises where it cannot, or answers otherwise.
+
+    Where `mesh` is given it must be set.
+    """
     # These import jax, which most commands here do not need.
     from afrl_jax.scoring import RelevanceModel
     from core_jax import rewriter
 
     if (file := folder / rewriter.NAME).exists():
-        rewriter.Rewriter.load(folder)
+        rewriter.Rewriter.load(folder, mesh=mesh)
         if not json.loads(file.read_text(encoding="utf-8"))["golden"]:
             raise ValueError("the folder brings no golden contexts")
-    elif not RelevanceModel.load(folder).version:
+    elif not RelevanceModel.load(folder, mesh=mesh).version:
         raise ValueError("the folder brings no golden inputs")
 
 
@@ -274,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m core_jax.registry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--registry", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--who", default=getpass.getuser(), help="for the log; default: the user who runs this")
+    parser.add_argument("--who", help="for the log; default: the user who runs this")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("history")
     for name, argument in (("publish", "folder"), ("promote", "version"), ("rollback", ""), ("verify", "")):
@@ -288,12 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "rollback":
             command.add_argument("--to", metavar="VERSION", help="default: what was production before")
     args = parser.parse_args(arguments)
+    args.who = args.who or _user()
     if args.command != "publish" and not args.registry.is_dir():
         parser.exit(2, f"{parser.prog}: error: --registry: there is none in {args.registry}; publish makes one\n")
     try:
         _run(args, Registry(args.registry, golden_self_test))
     except (RegistryError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user has no name at times
+        return f"uid {os.getuid()}"
 
 
 def _run(args: argparse.Namespace, registry: Registry) -> None:
@@ -305,7 +323,9 @@ def _run(args: argparse.Namespace, registry: Registry) -> None:
         case "rollback":
             registry.rollback(who=args.who, why=args.why, to=args.to)
         case "verify":
-            print(f"{registry.verify(args.version or registry.production() or '').name} is whole and passes")
+            if not (version := args.version or registry.production()):
+                raise RegistryError("nothing is in production")
+            print(f"{registry.verify(version).name} is whole and passes")
         case "history":
             for record in registry.history():
                 moved = f"{(record['from'] or '-')[:12]} -> {(record['to'] or '-')[:12]}"

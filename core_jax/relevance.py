@@ -42,14 +42,16 @@ class DeployedRelevance:
         file: an SQLite file that keeps the scores, so that a killed run does not pay twice; None keeps them in memory.
 
     Attributes:
-        version: the digest of the model's weights.
+        version: a digest of all that decides a score: weights, prompt, cut of documents, calibration.
         scored, found: pairs that went through the model, and pairs that the cache knew.
     """
 
     def __init__(self, model: RelevanceModel, file: Path | None = None):
         if not model.version:
             raise ValueError("the relevance model has no version: the reward needs one exported by afrl_jax")
-        self.version, self._model = model.version, model
+        decides = [model.version, model.format.prefix_text(Query("", "")), model.format.max_document_tokens]
+        decides.append(model.calibration.to_json())
+        self.version, self._model = hashlib.sha256(json.dumps(decides).encode()).hexdigest(), model
         self.scored = self.found = 0
         self._cache = sqlite3.connect(":memory:" if file is None else file)
         self._cache.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from afrl_jax.schema import Document
 from core_jax.ratio_reward import Rewrite
@@ -76,8 +77,10 @@ class Rewriter:
         self.max_new_tokens, self.version, self._rows = max_new_tokens, version, rows
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: str = "float32", check: bool = True) -> Rewriter:
-        """Read an exported folder.
+    def load(
+        cls, folder: str | Path, *, dtype: str = "float32", check: bool = True, mesh: Mesh | None = None
+    ) -> Rewriter:
+        """Read an exported folder; parameters are placed on `mesh`, which must be set where there is one.
 
         Raises:
             GoldenMismatch: it does not find its golden rewrites as likely as it did.
@@ -100,7 +103,7 @@ class Rewriter:
         format = RewriteFormat(
             Tokenizer.load(folder), template=template, max_watched_tokens=description["max_watched_tokens"]
         )
-        config, parameters = read_weights(folder)
+        config, parameters = read_weights(folder, mesh=mesh)
         rewriter = cls(
             config, parameters, format,
             max_new_tokens=description["max_new_tokens"], version=description["weights_digest"], dtype=dtype,

@@ -192,6 +192,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     at_least(2, "grpo.", settings.grpo, "group")
     at_least(0, "weekly.", settings.weekly, "weeks", "first_week", "searches")
     at_least(1, "weekly.", settings.weekly, "sessions", "held_out", "incident_steps", "resamples")
+    at_least(1, "evaluation.", settings.evaluation, "resamples")
+    if settings.weekly.weeks and settings.arm == "grpo":
+        raise ValueError("weekly.weeks: weeks learn in phases, and arm 'grpo' has none: set weekly.weeks to 0")
     if settings.weekly.weeks and settings.data[settings.sessions].get("format") != "clips":
         raise ValueError(f"weekly.weeks: only the built-in world goes on, and data.{settings.sessions} is not of it")
     for week, incident in settings.weekly.incidents.items():

@@ -65,7 +65,7 @@ class Weekly:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.settings, self.run = recipe, recipe.settings, recipe.run
-        self.registry = Registry(self.run.path / REGISTRY, golden_self_test)
+        self.registry = Registry(self.run.path / REGISTRY, functools.partial(golden_self_test, mesh=recipe.inputs.mesh))
         weekly = self.settings.weekly
         self.numbers = range(weekly.first_week, weekly.first_week + weekly.weeks)
         self.training = {week: self._open("train", week, weekly.sessions) for week in self.numbers}
@@ -74,11 +74,10 @@ class Weekly:
 
     def __call__(self) -> dict[str, float]:
         """Run the weeks that are not finished; returns the figures of weeks/metrics.json."""
-        incumbent = self._first_version()
+        self._first_version()
         weeks = []
         for number in self.numbers:
-            facts = self.run.once(f"week{number}", lambda: self._week(number, incumbent, weeks))  # noqa: B023
-            incumbent = facts["production"]
+            facts = self.run.once(f"week{number}", lambda: self._week(number, weeks))  # noqa: B023
             weeks.append(facts)
             run_log.say(f"week {number}{facts['incident'] and ', ' + facts['incident']}: {facts['decision']}")
         return weekly_report.write(self.run.path / "weeks", weeks)
@@ -95,12 +94,14 @@ class Weekly:
 
     # --- one week --------------------------------------------------------------------------------------------------
 
-    def _week(self, number: int, incumbent: str, weeks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _week(self, number: int, weeks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        # Of the registry, not of the week before: somebody may have rolled back since.
+        incumbent = self.run.once(f"week{number}.incumbent", lambda: {"version": self.registry.production()})["version"]
         name = self.settings.weekly.incidents.get(f"week{number}", "")
         incident = INCIDENTS[name] if name else Incident("")
-        relevance = incident.relevance(self.recipe.deployed) if incident.relevance else self.recipe.deployed
-        before = Rewriter.load(self.registry.path(incumbent), dtype=self.settings.dtype)
-        candidate = self._candidate(number, incumbent, incident, relevance)
+        wronged = incident.relevance or (lambda relevance: relevance)
+        before = self._version(incumbent)
+        candidate = self._candidate(number, incumbent, incident, wronged(self.recipe.relevance))
         after = self._rewriter(incident.damage(candidate, number) if incident.damage else candidate)
         following = self.following[number]
         # By the relevance model that the run began with: one that has gone wrong cannot be asked whether it has.
@@ -109,8 +110,8 @@ class Weekly:
         measured = [self._measurements(following.contexts, each) for each in evaluated]
         first = measured[0]
         if incumbent != (version := self._first_version()):
-            rewriter = Rewriter.load(self.registry.path(version), dtype=self.settings.dtype)
-            first = self._measurements(following.contexts, evaluate(rewriter, following, trusted, self.settings.reward))
+            found = evaluate(self._version(version), following, trusted, self.settings.reward)
+            first = self._measurements(following.contexts, found)
         verdicts = {
             gate_name: gate.decide(
                 *measured, of_gate, first=first, seed=self.settings.seed, resamples=self.settings.weekly.resamples
@@ -138,7 +139,7 @@ class Weekly:
             "judge": {"incumbent": judged[0], "candidate": judged[1]},
             "improvement_rate": float(np.mean(evaluated[1].values["improvement_rate"])),
         }
-        effect = self._effect(following, evaluated, relevance)
+        effect = self._effect(following, evaluated, wronged(self.recipe.deployed))
         self._report(number, verdicts, evaluated, facts, effect, weeks)
         return facts
 
@@ -206,6 +207,9 @@ class Weekly:
     @functools.cached_property
     def _sampler(self) -> Sampler:
         return make_sampler(self.settings, self.inputs, self.run.path / "served")
+
+    def _version(self, version: str) -> Rewriter:
+        return Rewriter.load(self.registry.path(version), dtype=self.settings.dtype, mesh=self.inputs.mesh)
 
     def _rewriter(self, parameters: Parameters) -> Rewriter:
         return Rewriter(
@@ -324,6 +328,13 @@ def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
     inputs = recipe.inputs
     lengths = [len(prompt) for each in some for prompt in inputs.format.encode_prompts(each.contexts)]
     check_rows(recipe.settings, "mpo", max(lengths), {})
+    stage, most = recipe.settings.supervised, max(lengths) - 1 + recipe.settings.rewriter.max_new_tokens
+    taught = [name for name in recipe.settings.weekly.incidents.values() if INCIDENTS[name].text]
+    if taught and most > stage.row_tokens:
+        raise ValueError(
+            f"supervised.row_tokens: {stage.row_tokens} is too small for weekly.incidents ({taught[0]}), whose prompts "
+            f"and rewrites have up to {most} tokens"
+        )
     return dataclasses.replace(
         inputs,
         prompt_tokens=max(inputs.prompt_tokens, padded(max(lengths))),

@@ -158,6 +158,27 @@ def empty_answers(shape_LPGAKH: tuple[int, ...], dtype: Any) -> jax.Array:
     return constrain(empty, ("layers", "batch", None, None, "kv_heads", "head_size"))
 
 
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the table, whose gradient is summed in float32: of a token that occurs a thousand times in a batch, a sum
+    of 16-bit floats stops growing after some hundred terms."""
+    return table_VD[tokens]
+
+
+def _look_up_forward(table_VD: jax.Array, tokens: jax.Array):
+    return table_VD[tokens], (table_VD, tokens)
+
+
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], d: jax.Array):
+    table_VD, tokens = saved
+    zeros_VD = constrain(jnp.zeros(table_VD.shape, jnp.float32), ("vocab", "activation"))
+    d_VD = zeros_VD.at[tokens].add(d.astype(jnp.float32))
+    return constrain(d_VD, ("vocab", "activation")).astype(table_VD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def _bits_as(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
@@ -238,11 +259,11 @@ class Decoder(nnx.Module):
 
             answer_keys, answer_values = append(answer_keys, k_PGKH), append(answer_values, v_PGKH)
             own_keys_PGAKH, own_values_PGAKH = (_bits_as(x[index], self.dtype) for x in (answer_keys, answer_values))
-            q_PGKMH = q_PGNH.reshape(P, G, K, -1, H) * H**-0.5
-            over_prompt = jnp.where(
-                in_prompt_PS[:, None, None, None], contract("pgkmh,pskh->pgkms", q_PGKMH, prompt_keys_PSKH), -jnp.inf
-            )
-            over_answer = jnp.where(in_answer_A, contract("pgkmh,pgakh->pgkma", q_PGKMH, own_keys_PGAKH), -jnp.inf)
+            q_PGKMH = q_PGNH.reshape(P, G, K, -1, H)
+            over_prompt = contract("pgkmh,pskh->pgkms", q_PGKMH, prompt_keys_PSKH) * H**-0.5
+            over_prompt = jnp.where(in_prompt_PS[:, None, None, None], over_prompt, -jnp.inf)
+            over_answer = contract("pgkmh,pgakh->pgkma", q_PGKMH, own_keys_PGAKH) * H**-0.5
+            over_answer = jnp.where(in_answer_A, over_answer, -jnp.inf)
             weight = jax.nn.softmax(jnp.concatenate([over_prompt, over_answer], axis=-1), axis=-1)
             prompt_weight, answer_weight = jnp.split(weight, [prompt_keys_PSKH.shape[1]], axis=-1)
             mixed = contract("pgkms,pskh->pgkmh", prompt_weight, prompt_values_PSKH)
@@ -276,7 +297,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # Only the vocabulary stays split: looking up rows that are split too would replicate what is found.
-        return constrain(self.embed[...], ("vocab", "activation"))[tokens]
+        return look_up(constrain(self.embed[...], ("vocab", "activation")), tokens)
 
     def _layers(self) -> dict[str, jax.Array]:
         return {name: getattr(self, name)[...] for name in self.stacked}

@@ -6,7 +6,7 @@ All arrays are abstract and lie where the mesh puts them; no data, weights or to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def planned_shape(source: str, fields: Mapping[str, Any], vocabulary: int) -> De
     Raises:
         ValueError, ConnectionError: it cannot be known.
     """
-    if published := PRESETS.get(PurePath(source).name.lower()):
+    if not Path(source).exists() and (published := PRESETS.get(PurePath(source).name.lower())):
         return published
     return read_source_config(source) if source else shape_from_fields(fields, vocabulary)
 

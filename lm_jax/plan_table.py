@@ -65,7 +65,10 @@ def _choose(programs: Programs, slice_name: str, remat: str) -> tuple[str, str]:
     ranking: list[tuple[Figures, str, str]] = []
     for shape in meshes(len(devices), largest_tensor=8):
         mesh = make_mesh(shape, devices)
-        program = next(program for program in programs(mesh) if "optimizer" in program.held and not program.resident)
+        # A rollout holds the optimizer too, but beside it: only an update is given it.
+        trains = (each for each in programs(mesh) if "optimizer" in each.held and "optimizer" not in each.resident)
+        if (program := next(trains, None)) is None:
+            raise ValueError("--mesh=auto looks at the first step that trains, and this config has none")
         for policy in REMAT:
             try:
                 figures = measure(program, chip, mesh, policy)

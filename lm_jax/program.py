@@ -17,6 +17,8 @@ from types import FrameType
 
 # What an exchange with a process that is gone says: a status of the collective or coordination service.
 _LOST = re.compile("UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|FAILED_PRECONDITION|[Gg]loo")
+# A fault of the program or of its size, which comes again however often it is started.
+_OWN = re.compile("Mosaic|[Cc]ompil|RESOURCE_EXHAUSTED")
 
 STOPPED = "stopped; the same command continues from the newest checkpoint\n"
 STOPPING = "SIGTERM: the running step is finished and saved first\n"
@@ -105,7 +107,8 @@ def ending_as_told(parser: argparse.ArgumentParser, *failures: type[Exception]) 
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        if not _LOST.search(str(error)) or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        lost = _LOST.search(str(error)) and not _OWN.search(str(error))
+        if not lost or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
             os._exit(1)
         reason = f"{error}\nprocess {jax.process_index()}: the run cannot go on without the others; {STOPPED}"
         os.write(2, reason.encode())

@@ -75,9 +75,10 @@ class RunLog:
                 self._events_of(stage, step).add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush the events, if there are any."""
+        """Write what waits of the events, if there are any; a later record opens them anew."""
         for events in self._events.values():
             events.close()
+        self._events.clear()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

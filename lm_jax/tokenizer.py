@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,7 +51,10 @@ class Tokenizer:
         settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
         if (path / "chat_template.jinja").exists():
             settings["chat_template"] = (path / "chat_template.jinja").read_text()
-        tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path / 'tokenizer.json'} is no tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer, settings)
@@ -71,12 +75,17 @@ class Tokenizer:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def texts(self, vocab_size: int) -> list[str]:
-        """The text of each token alone; "" for special tokens and beyond the tokenizer's vocabulary.
+        """The text of each token within a text; "" for special tokens and beyond the tokenizer's vocabulary.
 
         Bytes that are no whole character are U+FFFD.
         """
         ids = range(min(self.vocab_size, vocab_size))
-        found = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=True)
+        decode = functools.partial(self._tokenizer.decode_batch, skip_special_tokens=True)
+        # Behind a letter: some decoders take the blank from the first token of a text.
+        alone = enumerate(decode([[token] for token in ids]))
+        anchor, letter = next(((token, text) for token, text in alone if text.isalnum()), (None, ""))
+        before = [] if anchor is None else [anchor]
+        found = [text[len(letter) :] for text in decode([[*before, token] for token in ids])]
         return found + [""] * (vocab_size - len(found))
 
     def newlines(self, vocab_size: int) -> np.ndarray:

@@ -105,6 +105,7 @@ def fit(
                 checkpoints.save(done, state)
                 good = done
             if stopping:
+                log.close()  # the process ends at once, and the steps are not made again
                 raise Preempted(f"{stage}: saved at step {done}")
         if pending is not None:
             record(*pending)

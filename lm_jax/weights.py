@@ -42,10 +42,14 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         for path in (folder / name for name in names):
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing")
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            size = int.from_bytes(mapped[:8], "little")  # layout: github.com/huggingface/safetensors#format
-            for name, entry in json.loads(mapped[8 : 8 + size]).items():
+            try:
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                size = int.from_bytes(mapped[:8], "little")  # layout: github.com/huggingface/safetensors#format
+                header = json.loads(mapped[8 : 8 + size])
+            except ValueError as error:  # an empty file, a header cut short, a pointer of git-lfs
+                raise ValueError(f"{path} is no safetensors file, or was cut short: {error}") from error
+            for name, entry in header.items():
                 if name == "__metadata__":
                     continue
                 if entry["dtype"] not in DTYPES:
@@ -99,7 +103,7 @@ def read_weights(
 
 def read_source_config(source: str | Path) -> DecoderConfig:
     """The shape of what `read_weights` would read, without reading it."""
-    path = locate(source, ("config.json", "*.gguf"))
+    path = locate(source, ("config.json",))
     return GGUFFile(path).config if path.is_file() else read_config(path)
 
 

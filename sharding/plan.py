@@ -83,7 +83,8 @@ def measure(program: Program, chip: Chip, mesh: Mesh, remat: str, known: dict[st
         held = {name: sum(map(chip_bytes, jax.tree.leaves(tree))) for name, tree in program.held.items()}
         resident = sum(held[name] for name in program.resident)
         lowered = traced.lower()
-        text = f"{lowered.as_text()} {program.held.keys()}" if known is not None else ""
+        beside = f"{held} {resident} {program.work} {program.unit}"  # of which the program itself says nothing
+        text = f"{lowered.as_text()} {beside}" if known is not None else ""
         if known and text in known:
             return dataclasses.replace(known[text], name=program.name)
         try:

@@ -7,7 +7,7 @@ intent; some (topic or series, rule) combinations never occur in training; and r
 `NATURAL_WEIGHT` makes them unless `rule_balance` evens them out.
 
 Measured over the 80,000 pairs of `judgments(0, "train", 20_000, 4)`: grades 0 to 3 make up 24.4, 26.6, 22.7 and 26.4 %;
-each rule decides this share (a clip fires the rules of two different grades in 23 % of the pairs):
+each rule decides this share (a clip fires the rules of two different grades in 22 % of the pairs):
 
     rule  grade  share %  text
        1      0     0.27  asked for kids but made for adults
@@ -16,7 +16,7 @@ each rule decides this share (a clip fires the rules of two different grades in 
        4      0     0.59  is of a kind the query excludes
        5      0     0.22  is on a topic the query excludes
        6      0     4.29  another series than the one named
-       7      0     0.64  only a creator is named and it is another
+       7      0     0.64  a creator but no topic is named and it is another
        8      1     0.53  the named creator but another topic
        9      0    15.17  a topic of another category
       10      1    10.48  another topic of the same category

@@ -252,14 +252,16 @@ def build_clip(rng: np.random.Generator, intent: Intent, rule: int, difficulty: 
 
 
 def flip_one(rng: np.random.Generator, intent: Intent, clip: Clip) -> Clip | None:
-    """The clip with one constraint flipped, met to violated or violated to met, such that the verdicts of all others
-    stay and the deciding rule becomes another; None where ten attempts find none."""
+    """The clip with one constraint flipped, from met to violated or to met, such that the verdicts of all others stay
+    and the deciding rule becomes another; None where ten attempts find none."""
     before = judge(intent, clip)
     for _ in range(10):
         place = int(rng.random() * len(intent.constraints))
         constraint, verdict = intent.constraints[place], before.verdicts[place]
         change = _miss if verdict is Match.MET else _meet
         flipped = dataclasses.replace(clip, **change(rng, clip, constraint))
+        if flipped.kind == "episode" and not flipped.series:  # there is no such clip
+            continue
         flipped = dataclasses.replace(flipped, title=make_title(rng, flipped.topic, flipped.kind, flipped.series))
         after = judge(intent, flipped)
         others = all(a == b for i, (a, b) in enumerate(zip(before.verdicts, after.verdicts, strict=True)) if i != place)

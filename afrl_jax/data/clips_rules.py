@@ -222,6 +222,13 @@ class _Case:
         """The clip is of one of these kinds and the query did not ask for it."""
         return self.clip.kind in kinds and self.asked.get("kind") != self.clip.kind
 
+    def missed_in_series(self, part: str) -> bool:
+        """The season or episode is another one, and not for want of the series."""
+        return part in self.violated and "series" not in self.violated
+
+    def right_series(self) -> bool:
+        return "series" in self.asked and "series" not in self.violated
+
     def small_misses(self) -> int:
         small = self.violated & {"level", "length", "kind", "recency", "year", "feature"}
         return len(small) + (self.asked.get("audience") == "adults" and "audience" in self.violated)
@@ -237,19 +244,19 @@ _TABLE: tuple[_Row, ...] = (
     ("is of a kind the query excludes", 0, 12, ("not kind",), lambda c: "not kind" in c.violated),
     ("is on a topic the query excludes", 0, 12, ("not topic",), lambda c: "not topic" in c.violated),
     ("another series than the one named", 0, 20, ("series",), lambda c: "series" in c.violated),
-    ("only a creator is named and it is another", 0, 12, ("creator",),
+    ("a creator but no topic is named and it is another", 0, 12, ("creator",),
      lambda c: "creator" in c.violated and "topic" not in c.asked),
     ("the named creator but another topic", 1, 8, ("creator", "topic"),
      lambda c: "topic" in c.violated and "creator" in c.asked and "creator" not in c.violated | c.unknown),
     ("a topic of another category", 0, 18, (), lambda c: c.wrong_category()),
     ("another topic of the same category", 1, 14, ("topic",),
      lambda c: "topic" in c.violated and not c.wrong_category()),
-    ("right series but wrong season", 1, 10, ("series", "season"), lambda c: "season" in c.violated),
-    ("right series but wrong episode", 1, 16, ("series", "episode"), lambda c: "episode" in c.violated),
+    ("right series but wrong season", 1, 10, ("series", "season"), lambda c: c.missed_in_series("season")),
+    ("right series but wrong episode", 1, 16, ("series", "episode"), lambda c: c.missed_in_series("episode")),
     ("a reaction or parody nobody asked for", 1, 3, (), lambda c: c.unasked(*DERIVED_KINDS)),
     ("a trailer nobody asked for", 1, 1, (), lambda c: c.unasked("trailer")),
     ("talks about the series instead of showing it", 1, 5, ("series",),
-     lambda c: c.unasked("review", "interview") and "series" in c.asked and "kind" not in c.asked),
+     lambda c: c.unasked("review", "interview") and c.right_series() and "kind" not in c.asked),
     ("right topic but another creator", 1, 14, ("creator", "topic"),
      lambda c: "creator" in c.violated and "topic" in c.asked and "topic" not in c.violated),
     ("asked for the latest but over three years old", 1, 10, ("recency",), lambda c: c.years_old() > 3),
@@ -261,7 +268,7 @@ _TABLE: tuple[_Row, ...] = (
     ("wrong language", 1, 18, ("language",), lambda c: "language" in c.violated),
     ("a compilation that nobody asked for", 2, 3, (), lambda c: c.unasked("compilation")),
     ("level off by one", 2, 22, ("level",), lambda c: c.level_distance() == 1),
-    ("too long", 2, 20, ("length",), lambda c: c.length_miss() == "long"),
+    ("too long", 2, 20, ("length",), lambda c: "long" in c.length_miss()),
     ("too short", 2, 14, ("length",), lambda c: c.length_miss() == "short"),
     ("another kind than asked", 2, 24, ("kind",), lambda c: "kind" in c.violated),
     ("asked for the latest but up to three years old", 2, 16, ("recency",), lambda c: 1 <= c.years_old() <= 3),

@@ -52,7 +52,7 @@ def _wording(rng: np.random.Generator, constraint: Constraint) -> str:
 
 
 def _attributes(rng: np.random.Generator, clip: Clip, count: int) -> list[str]:
-    """Different attributes that one may ask of the clip, half of the time the topic among them."""
+    """Different attributes that one may ask of the clip, four times in ten the topic among them."""
     names = [name for name in ATTRIBUTES if clip.series or name not in ("season", "episode")]
     chosen = [names[index] for index in rng.permutation(len(names))[:count]]
     return chosen if "topic" in chosen or rng.random() < 0.7 else ["topic", *chosen[1:]]
@@ -63,10 +63,13 @@ def _case(rng: np.random.Generator, split: str, size: int) -> tuple[Clip, list[C
     while True:
         clip = random_clip(rng)
         names = _attributes(rng, clip, 1 + int(rng.random() * size))
+        if {"season", "episode"} & {*names} and "series" not in names:  # nobody asks for an episode of anything
+            continue
         constraints = [_some_constraint(rng, clip, name) for name in names]
         intent = Intent(tuple(sorted(constraints, key=lambda constraint: ATTRIBUTES.index(constraint.attribute))))
         decision = judge(intent, clip)
-        shown = split != "train" or not combination_held_out(intent.entity, decision.rule)
+        named = [intent.value(name) for name in ("topic", "series") if intent.value(name)]
+        shown = split != "train" or not any(combination_held_out(name, decision.rule) for name in named)
         if shown and split_of_intent(intent) == split:
             return clip, constraints, intent, decision
 
@@ -95,7 +98,7 @@ def _pieces(rng: np.random.Generator, split: str, size: int) -> Iterator[str]:
 
 
 def domain_texts(seed: int, split: str, count: int, size: int = 4) -> Iterator[DomainText]:
-    """`count` texts of 10 to 100 words; text number i depends on the other arguments and i alone. Like judgments, texts
+    """`count` texts of 5 to 70 words; text number i depends on the other arguments and i alone. Like judgments, texts
     of one split share no intent with those of another, and those for training leave out what is held out.
 
     The verdict of each field (an aside), the grade and its explanation are learned, all else is given.

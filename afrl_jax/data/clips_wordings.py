@@ -12,8 +12,8 @@ _WORDINGS = (
     ("is of a kind that is not wanted", "is of the kind the query rules out", "a kind the query excludes"),
     ("is on a topic that is not wanted", "is on the topic the query rules out", "a topic the query excludes"),
     ("not the series that was named", "from a series other than asked", "the series is another one"),
-    ("another creator where only a creator is named", "only asked by creator and not by that one",
-     "the creator is all that was asked and is another"),
+    ("another creator where no topic is named", "asked by creator without a topic and not by that one",
+     "no topic was asked and the creator is another"),
     ("by the creator but on another topic", "right creator but wrong topic", "the creator fits but not the topic"),
     ("not even the category of the topic", "wrong topic and wrong category", "another topic and another category"),
     ("wrong topic but right category", "another topic that is in the category", "the category fits but not the topic"),
@@ -47,7 +47,7 @@ _WORDINGS = (
     ("exactly the episode asked", "the episode that was asked for", "it is that very episode"),
     ("by the creator asked and all else is right", "right creator and nothing missed",
      "the creator and all else is right"),
-    ("only a category was asked and it is right", "of the category that was asked", "the category fits a broad wish"),
+    ("a category was asked and it is right", "of the category that was asked", "the category fits a broad wish"),
     ("everything asked is met", "nothing missed", "all that was asked fits"),
 )  # fmt: skip
 TRAINED: tuple[tuple[str, ...], ...] = tuple((rule.text, *row[:2]) for rule, row in zip(RULES, _WORDINGS, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -109,8 +110,10 @@ def _explanation(row: Row) -> Explanation | None:
     if not _is_whole(value["rule"]):
         raise row.error("explanation", f"rule must be a rule number, got {value['rule']!r}")
     verdicts = tuple(Match(verdict) for verdict in value["verdicts"])
+    # As tokenizers spell and a model says them.
+    need, facts = (tuple(unicodedata.normalize("NFC", phrase) for phrase in value[key]) for key in ("need", "facts"))
     try:
-        return Explanation(tuple(value["need"]), tuple(value["facts"]), verdicts, value["rule"])
+        return Explanation(need, facts, verdicts, value["rule"])
     except ValueError as error:
         raise row.error("explanation", str(error)) from error
 

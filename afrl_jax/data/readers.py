@@ -214,6 +214,7 @@ def parse_judged_pairs(path: str, stream: IO[bytes], grade_mapping: GradeMapping
     """
 
     def judged(row: Row) -> Judgment:
+        row.identifier("query_id"), row.identifier("doc_id")  # a pair to score may lack them
         pair = _pair(row)
         return judgment_of(row, pair.query, pair.document, grade_mapping)
 
@@ -271,11 +272,13 @@ def write_judgments(folder: str | Path, judgments: Iterable[Judgment], scale: Sc
 
     Raises:
         ValueError: there is no judgment, a grade is off the scale, an id names two different queries or documents, or
-            a document's field bears the name of a column of its own.
+            a document's field bears the name of a column of its own, an id or the text of a query is empty.
     """
     queries, documents, rows = {}, {}, []
     for judgment in judgments:
         query, document = judgment.query, judgment.document
+        if not (query.query_id and query.text.strip() and document.doc_id):
+            raise ValueError(f"ids and the texts of queries must not be empty: {query}, document {document.doc_id!r}")
         if queries.setdefault(query.query_id, query) != query:
             raise ValueError(f"query_id {query.query_id!r} names two queries: {queries[query.query_id]} and {query}")
         if documents.setdefault(document.doc_id, document) != document:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afrl_jax.data import clips, clips_contrasts, clips_rulebooks
@@ -24,7 +24,11 @@ from afrl_jax.schema import DomainText, Instruction, Judgment
 
 
 def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: int) -> list[Judgment]:
-    """The judgments of a source."""
+    """The judgments of a source.
+
+    Raises:
+        ValueError: an explanation names a rule that the instruction does not have, or that allows other grades.
+    """
     arguments = dict(source)
     low, high = arguments.pop("keep", (0.0, 1.0))
     explained = arguments.pop("explained", True)
@@ -34,6 +38,8 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
         judgments = list(generator(seed, **arguments))
     else:
         judgments = read_judgments(arguments, instruction.scale)
+        if instruction.rules:
+            _check_rules(judgments, instruction)
     kept = [judgment for judgment in judgments if low <= _place(judgment.query.query_id) < high]
     return kept if explained else [dataclasses.replace(judgment, explanation=None) for judgment in kept]
 
@@ -43,6 +49,8 @@ def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
     arguments = dict(source)
     if arguments.pop("format", None) != "clips_text":
         raise ValueError(f"a text stage reads a source of format 'clips_text'; got {dict(source)}")
+    if "texts" not in arguments:
+        raise ValueError("a source of format 'clips_text' needs texts: how many")
     return list(clips.domain_texts(seed, count=arguments.pop("texts"), **arguments))
 
 
@@ -51,6 +59,21 @@ GENERATORS = {
     "clips_contrasts": clips_contrasts.judgments,
     "clips_rulebooks": clips_rulebooks.judgments,
 }
+
+
+def _check_rules(judgments: Sequence[Judgment], instruction: Instruction) -> None:
+    for judgment in judgments:
+        if judgment.explanation and judgment.grade is not None:
+            rule = instruction.rule(judgment.explanation.rule)
+            if rule is None or judgment.grade not in rule.grades:
+                pair = f"query_id {judgment.query.query_id!r}, doc_id {judgment.document.doc_id!r}: explanation"
+                labels = instruction.scale.labels
+                if rule is None:
+                    wrong = f"the instruction has rules {', '.join(str(rule.number) for rule in instruction.rules)}"
+                else:
+                    wrong = f"that rule leads to {', '.join(labels[grade] for grade in rule.grades)}"
+                said = f"rule {judgment.explanation.rule} for grade {labels[judgment.grade]}"
+                raise ValueError(f"{pair}: {said}, but {wrong}")
 
 
 def _place(query_id: str) -> float:

@@ -6,10 +6,12 @@ one `DataError` that lists them as 'file:line: field: what is wrong'.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import dataclasses
 import datetime
+import decimal
 import gzip
 import io
 import json
@@ -138,7 +140,7 @@ class Row:
 def as_text(value: Any) -> str | None:
     """A field's value as text, lists joined with commas; None where it is nested."""
     parts = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(part, (str, bool, int, float, datetime.date)) for part in parts):
+    if not all(isinstance(part, (str, bool, int, float, decimal.Decimal, datetime.date)) for part in parts):
         return None
     return ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
 
@@ -245,7 +247,7 @@ def _parquet_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataErr
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(path, number, values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield FileError([f"{path}:{number}: not readable as Parquet after this row: {error}"])
 
 
@@ -256,6 +258,9 @@ def _csv_rows(path: Path | str, stream: IO[bytes]) -> Iterator[Row | DataError]:
         with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, strict=True)
             header = next(reader, [])
+            if twice := [name for name, count in collections.Counter(header).items() if count > 1]:
+                yield FileError([f"{path}:1: the header names {twice[0]!r} more than once"])
+                return
             while line := reader.line_num + 1:  # a quoted cell may span lines: a row is named by its first
                 cells = next(reader, None)
                 if cells is None:

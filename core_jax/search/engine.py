@@ -87,7 +87,9 @@ class Engine:
             find = self._read_aside(context.key, clock)
         candidates = original = self._stages.original(context.query, clock)
         found = find()
-        if found.text == context.query:
+        if found.text is not None and not found.text.strip():
+            found = Found(None, "empty")
+        elif found.text == context.query:
             found = Found(None, "the query itself")
         if found.text is not None:
             try:

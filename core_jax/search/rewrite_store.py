@@ -97,7 +97,10 @@ class Redis:
 
 def open_backend(url: str, *, timeout: float = 1.0) -> Backend:
     """`redis://host:port/0` (or rediss://, unix://) is a server, anything else the path of an SQLite file."""
-    remote = url.partition("://")[0] in ("redis", "rediss", "unix") and "://" in url
+    scheme, given, _ = url.partition("://")
+    if given and scheme not in ("redis", "rediss", "unix", "sqlite"):
+        raise ValueError(f"{url}: a store is redis://, rediss://, unix:// or the path of an SQLite file")
+    remote = given and scheme != "sqlite"
     return Redis(url, timeout=timeout) if remote else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
 
 
@@ -120,7 +123,10 @@ class Refusals:
             return "empty"
         if len(text) > self.most_characters:
             return "overlong"
-        if any(unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for character in text):
+        # Joiners belong to the spelling of Persian and of Indic scripts.
+        if any(
+            unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for c in text if c not in "\u200c\u200d"
+        ):
             return "control characters"
         if any(_holds(plain, unicodedata.normalize("NFKC", word).casefold()) for word in self.unsafe):
             return "unsafe"

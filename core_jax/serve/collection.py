@@ -37,7 +37,7 @@ def read_collection(path: Path) -> list[Document]:
 
 
 def world_of(run: Path) -> dict[str, Any]:
-    """Seed, drift and size of the weeks that a run of core_jax.main lived through.
+    """The weeks that a run of core_jax.main lived through, as `clips_collection` takes them.
 
     Raises:
         ValueError: the folder is of no such run, or its config is wrong.
@@ -46,14 +46,16 @@ def world_of(run: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"--run: {run} is no workdir of core_jax.main: it has no config.json")
     settings = read_settings(json.loads(file.read_text(encoding="utf-8")))
-    return {"seed": settings.seed, "drift": settings.weekly.drift, "sessions": settings.weekly.held_out}
+    like = settings.data[settings.sessions]
+    same = {name: like[name] for name in ("shown", "random_documents", "start") if name in like}
+    return {"seed": settings.seed, "drift": settings.weekly.drift, "sessions": settings.weekly.held_out, **same}
 
 
 def clips_collection(
-    week: int, seed: int = 0, drift: float = 1.0, sessions: int = SESSIONS
+    week: int, seed: int = 0, sessions: int = SESSIONS, **like: Any
 ) -> tuple[list[Document], list[Context]]:
-    """The documents of a week's held-out sessions, and some of their contexts to try."""
-    truth = list(simulate(seed, "dev", week, sessions, drift=drift))
+    """The documents of a week's held-out sessions, which are `like` those of `simulate`, and some contexts to try."""
+    truth = list(simulate(seed, "dev", week, sessions, **like))
     documents = {document.doc_id: document for each in truth for document in session_documents(each)}
     contexts = [each.session.context for each in truth if each.session.has_contrast and each.session.context.watched]
     return list(documents.values()), contexts[:EXAMPLES]

@@ -19,6 +19,7 @@ rows are no whole registers lies column by column, so that it and its gradient a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,9 @@ def backward(
     d_entropy_M: jax.Array,
     *,
     temperature: float,
+    head_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(d_hidden_MD, d_head_VD), in the dtypes of hidden and head."""
+    """(d_hidden_MD, d_head_VD), in the dtypes of hidden and head, or d_head_VD in that which is given."""
     (M, D), V = hidden_MD.shape, head_VD.shape[0]
     width = head_VD.dtype.itemsize
     operands = (
@@ -124,7 +126,7 @@ def backward(
         head_VD,
     )
 
-    def gradient(like: jax.Array, of_tokens: bool, name: str) -> jax.Array:
+    def gradient(like: jax.Array | jax.ShapeDtypeStruct, of_tokens: bool, name: str) -> jax.Array:
         outer, inner = (M, V) if of_tokens else (V, M)
         a, b = sizes(outer, inner, D, width, kept=4 * D, result=D * like.dtype.itemsize)
         m, v = (a, b) if of_tokens else (b, a)
@@ -149,7 +151,8 @@ def backward(
             name=name,
         )(*operands)
 
-    return gradient(hidden_MD, True, "token_logprobs_d_hidden"), gradient(head_VD, False, "token_logprobs_d_head")
+    like_head_VD = jax.ShapeDtypeStruct(head_VD.shape, head_dtype or head_VD.dtype)
+    return gradient(hidden_MD, True, "token_logprobs_d_hidden"), gradient(like_head_VD, False, "token_logprobs_d_head")
 
 
 def _backward_kernel(

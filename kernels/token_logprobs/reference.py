@@ -7,9 +7,12 @@ tile's gradient of the head is one product that is written once; chunks of token
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kernels.streaming import LOWEST
 
 CHUNK_BYTES = 4 * 2**20  # of float32 logits that exist at one time, but at least those of
 LEAST_TOKENS, LEAST_ENTRIES = 64, 512  # so many tokens forward, vocabulary entries backward
@@ -62,8 +65,9 @@ def backward(
     d_entropy_M: jax.Array,
     *,
     temperature: float,
+    head_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(d_hidden_MD, d_head_VD), in the dtypes of hidden and head."""
+    """(d_hidden_MD, d_head_VD), in the dtypes of hidden and head, or d_head_VD in that which is given."""
     vocabulary, width = head_VD.shape
     tile = _tile(vocabulary, target_M.shape[0])
     padded_VD = _padded(head_VD, tile)
@@ -75,6 +79,8 @@ def backward(
     def turn(d_hidden_MD, first):
         head_vD = jax.lax.dynamic_slice_in_dim(padded_VD, first, tile)
         log_p_Mv = _logits(hidden_MD, head_vD, temperature) - normalizer_M[:, None]
+        # Rows that pad the vocabulary have logit 0, above all others perhaps.
+        log_p_Mv = jnp.where(first + jnp.arange(tile) < vocabulary, log_p_Mv, LOWEST)
         by_probability_Mv = d_logprob_M[:, None] + d_entropy_M[:, None] * (log_p_Mv + entropy_M[:, None])
         is_target_Mv = first + jnp.arange(tile) == target_M[:, None]
         d_logits_Mv = jnp.where(is_target_Mv, d_logprob_M[:, None], 0.0) - jnp.exp(log_p_Mv) * by_probability_Mv
@@ -84,4 +90,4 @@ def backward(
     firsts = jnp.arange(0, padded_VD.shape[0], tile)
     d_hidden_MD, d_heads_Dv = jax.lax.scan(turn, jnp.zeros(hidden_MD.shape, jnp.float32), firsts)
     d_head_VD = d_heads_Dv.swapaxes(1, 2).reshape(-1, width)[:vocabulary]
-    return d_hidden_MD.astype(hidden_MD.dtype), d_head_VD.astype(head_VD.dtype)
+    return d_hidden_MD.astype(hidden_MD.dtype), d_head_VD.astype(head_dtype or head_VD.dtype)

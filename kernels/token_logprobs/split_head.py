@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +73,15 @@ def _backward(rows, head, saved, cotangents):
         hidden_MD, target_M, *floats_M = (_gather(x, shared) for x in (hidden_mD, target_m, *floats_m))
         here_M, _ = _own(target_M, head_vD, head)
         # float32, because what the devices find is added up
-        d_hidden_MD, d_head_vD = _run("backward", hidden_MD.astype(jnp.float32), head_vD, here_M, *floats_M)
+        d_hidden_MD, d_head_vD = _run(
+            "backward", hidden_MD.astype(jnp.float32), head_vD, here_M, *floats_M,
+            head_dtype=jnp.float32 if apart else None,
+        )  # fmt: skip
         d_hidden_MD = jax.lax.psum(d_hidden_MD, beside) if beside else d_hidden_MD
         if shared:
             d_hidden_MD = jax.lax.psum_scatter(d_hidden_MD, shared, tiled=True)
-        return d_hidden_MD.astype(hidden_mD.dtype), jax.lax.psum(d_head_vD, apart) if apart else d_head_vD
+        d_head_vD = jax.lax.psum(d_head_vD, apart).astype(head_vD.dtype) if apart else d_head_vD
+        return d_hidden_MD.astype(hidden_mD.dtype), d_head_vD
 
     tokens, vocabulary = PartitionSpec(rows, None), PartitionSpec(head, None)
     mapped = jax.shard_map(
@@ -91,11 +96,11 @@ def _backward(rows, head, saved, cotangents):
 split_token_logprobs.defvjp(_forward, _backward)
 
 
-def _run(direction: str, hidden_MD, head_vD, *rest: jax.Array):
+def _run(direction: str, hidden_MD, head_vD, *rest: jax.Array, **options: Any):
     obstacle = pallas_tpu.obstacle(hidden_MD.shape[1], hidden_MD.dtype.itemsize, head_vD.dtype.itemsize)
     chosen = _implementation.choice("token_logprobs", obstacle=obstacle)
     implementations = {
-        name: functools.partial(getattr(module, direction), temperature=1.0)
+        name: functools.partial(getattr(module, direction), temperature=1.0, **options)
         for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items()
     }
     return _implementation.run(chosen, implementations, hidden_MD, head_vD, *rest)

@@ -179,7 +179,7 @@ def test_gated_adds_the_expert_only_where_no_label_is_right(format, monkeypatch)
     np.testing.assert_array_equal(batch["target"][0][expert[0]], format.encode_answer(first)[0])
     assert not expert[1].any()
     np.testing.assert_array_equal(batch["policy_unit"][expert], 0.0)
-    assert metrics[f"dead_groups/{first.rules[0]}"] == 1.0 if first.rules[0] != second.rules[0] else 0.5
+    assert metrics[f"dead_groups/{first.rules[0]}"] == (1.0 if first.rules[0] != second.rules[0] else 0.5)
     assert np.isfinite(metrics_of(format, drawn, batch)["loss"])
 
 

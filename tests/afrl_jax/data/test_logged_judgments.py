@@ -34,10 +34,11 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(folder of the dataset, what the command said): 60 rows of three kinds of file, 4 bad ones and a full one."""
+    """(folder of the dataset, what the command said): 60 rows of three kinds of file, 5 bad ones and a full one."""
     logs = tmp_path_factory.mktemp("logs")
     lines = [json.dumps(row(number)) for number in range(30)]
     bad = ["no json", json.dumps(row(1) | {"grade": 7}), json.dumps({"query": "q", "grade": 1})]
+    bad += [json.dumps({"query_id": "q", "query": "q", "doc_id": "d", "grade": 1})]
     (logs / "a.jsonl").write_text("\n".join(lines[:20] + bad) + "\n")
     with gzip.open(logs / "b.jsonl.gz", "wt") as file:
         file.write("\n".join(lines[20:]))
@@ -57,7 +58,7 @@ def written(tmp_path_factory):
 
 def test_every_good_row_is_kept_once_and_the_bad_are_counted_and_told(written):
     folder, said = written
-    assert said == f"60 judgments kept, 4 rows refused: {folder}\n"
+    assert said == f"60 judgments kept, 5 rows refused: {folder}\n"
     found = read_judgments({"format": "dataset", "path": folder, "split": "train"}, SCALE)
     full = next(each for each in found if each.query.query_id == "full")
     assert full == Judgment(
@@ -69,7 +70,8 @@ def test_every_good_row_is_kept_once_and_the_bad_are_counted_and_told(written):
     refused = [json.loads(line) for path in folder.glob("refused/*.jsonl") for line in path.read_text().splitlines()]
     reasons = sorted(re.fullmatch(r".*/logs0/(\S+): ([^:]+): .*", each["reason"]).groups() for each in refused)
     assert dict(reasons) == {
-        "a.jsonl:21": "not valid JSON", "a.jsonl:22": "grade", "a.jsonl:23": "document", "c.parquet:30": "query"
+        "a.jsonl:21": "not valid JSON", "a.jsonl:22": "grade", "a.jsonl:23": "query_id",
+        "a.jsonl:24": "document", "c.parquet:30": "query"
     }  # fmt: skip
     assert {"query": "q", "grade": 1} in [each["row"] for each in refused]
 
