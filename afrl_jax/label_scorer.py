@@ -159,7 +159,7 @@ class LabelScorer:
             for shape in shapes(rows, longest=query_tokens, budget=PREFILL_TOKENS):
                 if shape.prefixes == 1:  # the head
                     self._run(shape, [], [base], size=size)
-            prefix = self._nothing(size)
+            prefix = self._computed(base, size)
             for shape in shapes(rows, longest=document_tokens, budget=most):
                 jax.block_until_ready(self._run(shape, [], [prefix]))
 
@@ -172,13 +172,20 @@ class LabelScorer:
         base, rows = self._head if len(self._head_tokens) else self._empty, self._devices()
         prefixes = [padded(base.length + query) for query in range(1, query_tokens + 1)]
         widths = {rounded_width(document) for document in range(1, document_tokens + 1)}
-        found = set()
-        for size, width in itertools.product(dict.fromkeys(prefixes), sorted(widths)):
-            (shape,) = plan([width], [0], [0], budget=PREFILL_TOKENS, rows=rows)
-            empty = dataclasses.replace(shape, rows=[[] for _ in range(rows)])
-            jax.block_until_ready(self._run(empty, [], [self._nothing(size)], size=_whole(size, width)))
-            found.add(_whole(size, width))
-        return [self._nothing(size) for size in sorted(found)]
+        found = {}
+        for size in dict.fromkeys(prefixes):
+            prefix = self._computed(base, size)
+            for width in sorted(widths):
+                (shape,) = plan([width], [0], [0], budget=PREFILL_TOKENS, rows=rows)
+                _, blocks = self._run(_without_items(shape), [], [prefix], size=_whole(size, width))
+                found[_whole(size, width)] = Prefix(jax.block_until_ready(blocks[0]), 0)
+        return [found[size] for size in sorted(found)]
+
+    def _computed(self, base: Prefix, size: int) -> Prefix:
+        """A prefix of no tokens, padded to `size`, that was computed as real ones are: an array that comes from
+        elsewhere is another kind to jit, and would have everything compiled twice."""
+        (shape,) = plan([1], [0], [0], budget=PREFILL_TOKENS, rows=self._devices())
+        return Prefix(self._run(_without_items(shape), [], [base], size=size)[1][0], 0)
 
     def _nothing(self, size: int) -> Prefix:
         """The prefix of no tokens, padded to `size`."""
@@ -284,6 +291,10 @@ class LabelScorer:
         """How many share a batch, a row each: those of the mesh that is set."""
         mesh = jax.sharding.get_abstract_mesh()
         return batch_parts(None if mesh.empty else mesh)
+
+
+def _without_items(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, rows=[[] for _ in batch.rows])
 
 
 def _keys(prompts: Sequence[PromptTokens], salts: Sequence[bytes] | None) -> list[Key]:

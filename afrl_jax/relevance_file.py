@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,19 @@ def describe(
         ],
         **extra,
     }
+
+
+def model_version(source: str | Path) -> str:
+    """Digest of the weights of a model folder, a hub id or a .gguf file, as it stands there or computed."""
+    from lm_jax.weights import PATTERNS, weights_digest  # imports jax
+
+    if described := read(source):
+        return described["weights_digest"]
+    path = locate(source, PATTERNS)
+    if path.is_dir():
+        return weights_digest(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(source: str | Path) -> dict[str, Any] | None:

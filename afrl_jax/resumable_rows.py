@@ -129,10 +129,18 @@ def _common(kind: Any, values: list[Any]) -> Any:
     try:
         found = [pyarrow.schema([("", some)]) for some in (kind, pyarrow.array(values).type)]
         common = pyarrow.unify_schemas(found, promote_options="permissive").field(0).type
-        empty = pyarrow.types.is_struct(common) and not common.num_fields
-        return None if empty else common
+        return None if _lacks_fields(common) else common
     except (pyarrow.ArrowException, OverflowError):
         return None
+
+
+def _lacks_fields(kind: Any) -> bool:
+    """Whether a type is, or holds, a struct without fields, which Parquet cannot write."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return not kind.num_fields or any(_lacks_fields(kind.field(number).type) for number in range(kind.num_fields))
+    return pyarrow.types.is_list(kind) and _lacks_fields(kind.value_type)
 
 
 def _groups(path: Path) -> Iterator[list[dict[str, Any]]]:

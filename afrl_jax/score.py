@@ -126,10 +126,15 @@ def written(args: argparse.Namespace) -> set[str]:
 
 def identity(args: argparse.Namespace, model: RelevanceModel) -> dict[str, Any]:
     """What makes a job this job: only the same one may go on where it was."""
+    from afrl_jax import relevance_file
+
     stat = args.input.stat()
     options = {name: getattr(args, name) for name in ("labels", "task", "dtype", "include_prompt_ids", "explain")}
     source = {"input": str(args.input), "input_bytes": stat.st_size, "input_changed": stat.st_mtime}
-    return source | {"model": args.model, "model_version": model.version} | options
+    # What may become another behind the same path: weights, also of a model without a version of its own, and grades.
+    served = {"model_version": model.version or relevance_file.model_version(args.model)}
+    served |= {"calibration": model.calibration.to_json(), "decision": model.decision.to_json()}
+    return source | {"model": args.model} | served | options
 
 
 def part_name(output: Path, part: int, parts: int) -> Path:

@@ -165,7 +165,7 @@ def _evolve(parsed: argparse.Namespace) -> None:
     free = ("workdir", *CONNECTION, *BUDGET)
     config = {name: None if value is None else str(value) for name, value in vars(parsed).items() if name not in free}
     # What lies under these paths may have become another.
-    config["model_version"] = _model_version(parsed.model) if parsed.model else None
+    config["model_version"] = relevance_file.model_version(parsed.model) if parsed.model else None
     config["instruction_digest"] = digest(base)
     config["judgments"] = {name: _digest_of(some) for name, some in (sets | {"calibration": held}).items()}
     RunFolder(parsed.workdir, config)
@@ -174,21 +174,6 @@ def _evolve(parsed: argparse.Namespace) -> None:
     last = arms[settings.proposer][-1]
     if last.unfinished:
         raise BudgetExceeded(f"{last.stopped}; run again with a larger budget to go on from here")
-
-
-def _model_version(source: str) -> str:
-    """Digest of a model's weights."""
-    from afrl_jax import relevance_file
-    from lm_jax.source import locate
-    from lm_jax.weights import PATTERNS, weights_digest
-
-    if described := relevance_file.read(source):
-        return described["weights_digest"]
-    path = locate(source, PATTERNS)
-    if path.is_dir():
-        return weights_digest(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(judgments: Sequence[Judgment]) -> str:
@@ -222,6 +207,8 @@ def _explain(parsed: argparse.Namespace) -> None:
     from afrl_jax.relevance_file import DEFAULT_INSTRUCTION
     from lm_jax import run_log
 
+    if parsed.output.exists() and parsed.judgments.exists() and parsed.output.samefile(parsed.judgments):
+        raise ValueError(f"--output: {parsed.output} holds the judgments themselves; give another folder")
     chat = _chat(parsed)
     instruction = _instruction(parsed.instruction) if parsed.instruction else DEFAULT_INSTRUCTION
     client = chat.client(parsed.output / "language_model_calls")

@@ -144,13 +144,13 @@ class ChatClient:
             concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool,
         ):
             waiting = {prompt: pool.submit(self._answer, http, body) for prompt, body in bodies.items()}
-            found: list[Completion] = []
+            found: dict[str, Completion] = {}
             try:
-                for prompt in prompts:
-                    found.append(waiting[prompt].result())
-                    if len(found) == min(len(bodies), _ALL_REFUSED) and all(one.refused for one in found):
-                        raise LanguageModelError(found[0].refused)
-                return found
+                for prompt in bodies:
+                    found[prompt] = waiting[prompt].result()
+                    if len(found) == min(len(bodies), _ALL_REFUSED) and all(one.refused for one in found.values()):
+                        raise LanguageModelError(found[prompt].refused)
+                return [found[prompt] for prompt in prompts]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

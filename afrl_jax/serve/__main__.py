@@ -28,6 +28,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -81,7 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     server = uvicorn.Server(config)
     # The server raises the signal it was ended by once more when all is done; nothing is left to end then.
     signal.signal(signal.SIGTERM, lambda *_: stop())
-    listening = config.bind_socket()
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family)
+    except (OSError, OverflowError) as error:
+        parser.exit(2, f"{parser.prog}: error: --host={args.host} --port={args.port}: {error}\n")
     log("listening", url=f"http://{args.host}:{listening.getsockname()[1]}")
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

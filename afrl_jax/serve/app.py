@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import pathlib
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
@@ -65,5 +66,14 @@ def make_app(service: Service, load: Callable[[], Scorer], *, on_failure: Callab
     app.add_route("/", page("index.html"))
     app.add_route("/docs", page("docs.html"))
 
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", _Page(directory=PAGE))
     return app
+
+
+class _Page(StaticFiles):
+    """The page's files, under the page's rules."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        answer = super().file_response(*arguments, **options)
+        answer.headers["content-security-policy"] = CONTENT_SECURITY
+        return answer

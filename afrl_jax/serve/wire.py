@@ -51,12 +51,15 @@ class RerankRequest(Body):
     model: Model = None
     query: str = Field(min_length=1, examples=["chess for kids"])
     context: Context = ""
+    # The first wrong one is told: as many errors as documents could be more than the memory holds.
     documents: list[DocumentBody] = Field(
-        min_length=1, examples=[["Sourdough at home", "Chess openings, explained to children"]]
+        min_length=1, fail_fast=True, examples=[["Sourdough at home", "Chess openings, explained to children"]]
     )
     top_n: int | None = Field(None, ge=0, description="how many of the best to answer; 0 or none: all")
     return_documents: bool = Field(True, description="whether to repeat each document's text in the answer")
-    rank_fields: list[str] | None = Field(None, description="of documents with fields, those to be shown to the model")
+    rank_fields: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="of documents with fields, those to be shown to the model"
+    )
     max_tokens_per_doc: int | None = Field(None, ge=1, description="cut documents to so many tokens")
 
 
@@ -104,10 +107,10 @@ class PairsRequest(Body):
     """Pairs of texts: one with one, one with many, or as many with as many."""
 
     model: Model = None
-    text_1: str | list[str] = Field(
+    text_1: str | Annotated[list[str], Field(fail_fast=True)] = Field(
         validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["chess for kids"]
     )
-    text_2: DocumentBody | list[DocumentBody] = Field(
+    text_2: DocumentBody | Annotated[list[DocumentBody], Field(fail_fast=True)] = Field(
         validation_alias=AliasChoices("text_2", "data_2", "documents", "items"), examples=[["Chess openings", "Bread"]]
     )
 
@@ -117,8 +120,10 @@ class ItemsRequest(Body):
 
     model: Model = None
     query: str = Field(min_length=1, examples=["chess for kids"])
-    items: DocumentBody | list[DocumentBody] = Field(examples=[["Chess openings", "Bread"]])
-    label_token_ids: list[int] | None = Field(
+    items: DocumentBody | Annotated[list[DocumentBody], Field(fail_fast=True)] = Field(
+        examples=[["Chess openings", "Bread"]]
+    )
+    label_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description="which labels, by their tokens, in which order; all of the scale by default"
     )
     apply_softmax: bool = Field(False, description="whether the probabilities of the chosen labels are to sum to 1")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from afrl_jax.curriculum import choose_prompts, mixed_group_probability, shuffled_mixture
-from afrl_jax.settings import RLStage, SFTStage, TextStage, read_settings
+from afrl_jax.settings import RLStage, RowsStage, SFTStage, TextStage, read_settings
 
 
 def test_the_shuffled_mixture_has_each_source_s_share_of_all_tokens():
@@ -68,7 +68,9 @@ def test_the_controls_keep_steps_rows_and_tokens():
     for control in ("shuffled", "last"):
         stages = read_settings(config(curriculum=control)).stages
         for before, after in zip(ordered, stages, strict=True):
-            assert (before.steps, before.rows, before.row_tokens) == (after.steps, after.rows, after.row_tokens)
+            assert before.steps == after.steps
+            if isinstance(before, RowsStage):
+                assert (before.rows, before.row_tokens) == (after.rows, after.row_tokens)
         assert all(isinstance(stage, SFTStage) and stage.label_weight == 2.0 for stage in stages[:3])
         assert len({tuple(stage.mixture.items()) for stage in stages[:3]}) == 1
 
@@ -84,6 +86,11 @@ def test_last_is_the_last_mix_from_the_start():
     assert stages[0].mixture == {"hard": 1.0, "natural": 1.0}
     assert isinstance(stages[3], RLStage)
     assert (stages[3].prompts_from, stages[3].experts_from, stages[3].rollouts.pool) == ("natural", "natural", 1)
+
+
+def test_last_needs_no_supervised_stage():
+    stages = read_settings(config(curriculum="last", stages=("s3", "s4"))).stages
+    assert [stage.prompts_from for stage in stages] == ["natural", "natural"] and stages[0].rollouts.pool == 1
 
 
 def test_an_unknown_control_is_named():

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from afrl_jax import label_step
 from afrl_jax.label_scorer import LabelScorer, padded
 from afrl_jax.schema import Document, Query
 from lm_jax.decoder import Decoder
@@ -122,14 +124,19 @@ def test_what_prefill_gives_is_the_grade_and_the_whole_prompt(make, prompts, tin
     np.testing.assert_allclose(block.values[:, :length], cache.prompt_values[:, 0], atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format):
+def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format, monkeypatch):
     scorer = make(batch_tokens=64)
+    # As `read_weights` places them, which jit tells from arrays that are placed nowhere.
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    scorer.parameters, scorer._labels = jax.device_put((scorer.parameters, scorer._labels), place)
     prompts = [prompt for prompt in prompts if len(prompt.document) <= 32]
     longest = max(len(prompt.document) for prompt in prompts)
     query = max(len(prompt.prefix) for prompt in prompts) - len(tiny_format.head_tokens)
     scorer.warm_up(document_tokens=longest, query_tokens=query)
     sizes = {whole.size for whole in scorer.warm_up_prefill(document_tokens=longest, query_tokens=query)}
     before, computed = scorer.compilations, scorer.counts.computed
+    steps = (label_step.score_suffixes, label_step.prefill_suffixes)
+    compiled = [step._cache_size() for step in steps]
     assert computed == len(tiny_format.head_tokens)
     random = np.random.default_rng(3)
     for count in (1, 3, 8, len(prompts)):
@@ -137,6 +144,7 @@ def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format):
     for prompt in prompts[::9]:
         assert {whole.size for whole in scorer.prefill([prompt])[1]} <= sizes
     assert scorer.compilations == before
+    assert [step._cache_size() for step in steps] == compiled
 
 
 def test_the_document_is_read_in_its_bucket_to_the_last_token(make, prompts, tiny_format):

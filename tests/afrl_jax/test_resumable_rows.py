@@ -138,6 +138,8 @@ def test_parquet_has_the_types_that_all_rows_share(tmp_path, monkeypatch):
         ([0.5, 2**53 + 1], ["0.5", str(2**53 + 1)]),
         ([1, 0.5], [1.0, 0.5]),
         ([{}, {}], ["{}", "{}"]),
+        ([{"tags": {}}, {"tags": {}}], ['{"tags": {}}', '{"tags": {}}']),
+        ([[{}], [{}]], ["[{}]", "[{}]"]),
     ],
 )
 def test_parquet_writes_what_it_has_no_type_for_as_json_text(tmp_path, monkeypatch, values, read):

@@ -105,6 +105,8 @@ BAD = [
     ("sead", 1, "unknown config key sead; did you mean seed?"),
     ("sft.step", 1, "unknown config key sft.step; did you mean sft.steps?"),
     ("sft.prompts_from", "train", "unknown config key sft.prompts_from; known are balance, branches_together"),
+    ("rl.balance", 0.5, "unknown config key rl.balance"),
+    ("text.balance", 0.5, "unknown config key text.balance"),
     ("rl.rollouts.temperature", 1.0, "unknown config key rl.rollouts.temperature"),
     ("teacher.path", "x", "unknown config key teacher.path; known are cut, shape, source"),
     ("evaluation", {"tests": "dev"}, "unknown config key evaluation.tests; did you mean evaluation.test?"),

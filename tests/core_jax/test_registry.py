@@ -216,3 +216,34 @@ def test_the_command_line_goes_back_with_one_command(of, tmp_path, capsys, monke
     with pytest.raises(SystemExit, match="2"):
         registry.main([f"--registry={tmp_path / 'mistyped'}", "history"])
     assert "mistyped; publish makes one" in capsys.readouterr().err and not (tmp_path / "mistyped").exists()
+
+
+def test_a_rollback_to_a_version_rolled_back_before_keeps_the_way_back(of, tmp_path):
+    first, second, third = published(of, tmp_path, "first", "second", "third")
+    for version in (first, second, third):
+        of.promote(version, **WHO)
+    assert of.rollback(**WHO) == second
+    assert of.rollback(**WHO, to=third) == third
+    assert of.rollback(**WHO) == second
+
+
+def test_publishing_again_mends_a_damaged_version(of, tmp_path):
+    (first,) = published(of, tmp_path, "first")
+    of.promote(first, **WHO)
+    (of.path(first) / "weights").write_text("rot")
+    with pytest.raises(RegistryError, match="was changed"):
+        of.verify(first)
+    assert published(of, tmp_path, "first") == [first]
+    assert of.verify(first) == of.path(first) and (of.folder / "production" / "weights").read_text() == "first"
+
+
+def test_the_command_line_works_for_a_user_without_a_name(of, tmp_path, capsys, monkeypatch):
+    def nameless():
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(registry.getpass, "getuser", nameless)
+    registry.main(["--registry", str(of.folder), "publish", str(model(tmp_path, "first")), "--why=x"])
+    assert of.history()[0]["who"] == f"uid {os.getuid()}"
+    with pytest.raises(SystemExit):
+        registry.main(["--registry", str(of.folder), "verify"])
+    assert "nothing is in production" in capsys.readouterr().err

@@ -216,3 +216,30 @@ def test_the_page_of_all_weeks_counts_as_the_detector_does(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "copies the watched title" in page and '<a href="3/report.html">3</a>' in page
     assert dataclasses.is_dataclass(weekly_report.detectors(rows)["gate"])
+
+
+def test_a_week_begins_with_what_the_registry_has_in_production(workdir, weeks, config, tmp_path):
+    """Somebody rolls back between two weeks."""
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    for path in (folder / "stages").glob("week[23]*"):
+        shutil.rmtree(path)
+    first = Registry(folder / REGISTRY, golden_self_test).rollback(who="test", why="not what we want")
+    Weekly(Recipe(read_settings(config), config, folder))()
+    second = json.loads((folder / "stages/week2/done.json").read_text())
+    assert second["incumbent"] == first != weeks[1]["incumbent"]
+
+
+def test_what_no_week_could_do_is_refused_before_any_work(config):
+    for changes, message in (
+        ({"arm": "grpo"}, "weekly.weeks: weeks learn in phases"),
+        ({"evaluation": {"resamples": 0}}, "evaluation.resamples: 0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_settings(config | changes)
+
+
+def test_prompts_of_an_incident_must_fit_its_rows(config, tmp_path):
+    small = config | {"supervised": {**config["supervised"], "row_tokens": 24, "mixture": {}}}
+    recipe = Recipe(read_settings(small), small, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"supervised\.row_tokens: 24 is too small for weekly\.incidents"):
+        Weekly(recipe)

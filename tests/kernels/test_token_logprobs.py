@@ -178,3 +178,18 @@ def test_no_buffer_holds_the_logits_of_all_tokens(monkeypatch):
     assert len(shapes) > 20
     assert max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes) < M * V / 8
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * M * V / 8
+
+
+def test_rows_that_pad_the_vocabulary_never_give_nan():
+    """1,009 is prime: no tile divides it. Every logit lies far below the 0 of the padding."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.ones((4096, 8), jnp.float32)
+    head = jnp.asarray(-12.5 + 0.01 * rng.normal(size=(1009, 8)), jnp.float32)  # logits about -100
+    target = jnp.asarray(rng.integers(0, 1009, 4096), jnp.int32)
+
+    def loss(hidden, head):
+        logprob, entropy = token_logprobs(hidden, head, target, implementation="xla")
+        return jnp.sum(logprob[:7]) + 0.1 * jnp.sum(entropy[:7])
+
+    for gradient in jax.grad(loss, argnums=(0, 1))(hidden, head):
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_jax.config import DecoderConfig, from_hugging_face, preset, to_hugging_face
-from lm_jax.decoder import Decoder
+from lm_jax.decoder import Decoder, look_up
 from lm_jax.parameters import initialize
 
 TOLERANCE = 2e-4  # float32 sums in another order, logits of size 10; observed below 1e-5
@@ -235,3 +235,11 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 )
 def test_presets_have_the_published_size(name, millions):
     assert round(preset(name).parameter_count / 1e6) == millions
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    table = jnp.zeros((3, 2), jnp.bfloat16)
+    tokens = jnp.array([1] * 4096 + [2])
+    gradient = jax.grad(lambda table: look_up(table, tokens).astype(jnp.float32).sum())(table)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), [[0, 0], [4096, 4096], [1, 1]])

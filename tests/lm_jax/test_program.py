@@ -50,6 +50,7 @@ def test_the_library_of_tpus_is_left_alone_where_there_is_none(monkeypatch, libr
         (jax.errors.JaxRuntimeError("UNAVAILABLE: a task died"), PREEMPTED),
         (ValueError("a group needs a row of 9000 tokens"), 1),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel"), 1),
         (KeyError("kl"), 1),
     ],
 )

@@ -110,3 +110,14 @@ def test_read_log_leaves_out_a_torn_last_line_only(tmp_path):
     path.write_text('{"stage"\n{"stage": "sft", "step": 1}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl:1: not a log record"):
         read_log(path)
+
+
+def test_events_outlive_a_process_that_ends_at_once(tmp_path):
+    log = RunLog(tmp_path)
+    log.write("sft", 0, {"loss": 2.0})
+    log.close()  # before os._exit
+    log.write("sft", 1, {"loss": 1.0})
+    log.close()
+    files = sorted((tmp_path / "tensorboard" / "sft").glob("*"))
+    steps = [event.step for file in files for event in tensorboard_events(file) for _ in event.summary.value]
+    assert sorted(steps) == [0, 1]

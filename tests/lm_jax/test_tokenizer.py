@@ -4,6 +4,7 @@ import pathlib
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from lm_jax.config import preset, to_hugging_face
@@ -66,6 +67,21 @@ def test_autotokenizer_loads_what_we_save_beside_any_model(small, tmp_path, mode
 def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_text_of_a_token_is_that_within_a_text():
+    """Llama 2's decoder takes the blank from the first token of what it decodes."""
+    words = ["<unk>", "a", "▁met", "met", "▁", "|"]
+    model = tokenizers.models.WordLevel(dict(zip(words, range(len(words)), strict=True)), unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    steps = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)
+    made.decoder = tokenizers.decoders.Sequence(list(steps))
+    made.add_special_tokens(["<unk>"])
+    assert made.decode([2, 4, 5]) == "met |"
+    assert Tokenizer(made, {}).texts(8) == ["", "a", " met", "met", " ", "|", "", ""]
 
 
 def test_truncation_padding_and_added_specials_of_a_file_do_not_reach_the_ids(small, tmp_path):

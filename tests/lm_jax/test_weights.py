@@ -161,6 +161,10 @@ def test_a_cut_file_an_integer_tensor_and_missing_files_are_named(folder):
     (folder / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(ValueError, match="cut short"):
         read_weights(folder)
+    for cut in (b"", content[:20], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"):
+        (folder / "model.safetensors").write_bytes(cut)
+        with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or was cut short"):
+            read_weights(folder)
     (folder / "model.safetensors").write_bytes(content)
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(16, np.int32)}))
     with pytest.raises(ValueError, match=r"model\.norm\.weight has dtype I32"):

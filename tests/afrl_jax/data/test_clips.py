@@ -231,6 +231,13 @@ def test_domain_texts_of_training_tell_nothing_of_what_is_held_out():
     assert explained > 400
 
 
+def test_no_domain_text_asks_for_an_episode_of_nothing():
+    for text in clips.domain_texts(0, "train", 3000):
+        answer = parse_answer(text.pieces[-1], clips.instruction().scale.labels)
+        heads = {need.split(" ")[0] for need in answer.explanation.need} if answer else set()
+        assert not {"season", "episode"} & heads or "series" in heads
+
+
 def test_domain_texts_ask_for_no_more_than_their_size():
     for text in clips.domain_texts(0, "dev", 100, size=1):
         assert text.pieces[-1].count(";") == 0

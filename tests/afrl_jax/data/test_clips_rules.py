@@ -103,6 +103,16 @@ def test_a_conflict_reports_every_rule_but_agrees_only_with_its_grade():
     assert decision.fired == (35, 38) and decision.agreeing == (35, 38) and not decision.conflict
 
 
+def test_rules_say_what_is_so_whichever_others_a_rulebook_has():
+    """What fires beside the deciding rule decides where that one is left out."""
+    wanted = asks(series="night harbor", season="2", episode="4")
+    other = dataclasses.replace(EPISODE, series="silent empire", season=3, episode=5)
+    assert not {11, 12, 15} & {*judge(wanted, other).fired}  # "right series but wrong season"
+    assert {11, 12} <= {*judge(wanted, dataclasses.replace(EPISODE, season=3, episode=5)).fired}
+    too_long = judge(asks(topic="chess", length="under 10"), dataclasses.replace(CHESS, minutes=45))
+    assert {19, 25} < {*too_long.fired} and too_long.rule == 19
+
+
 def test_facts_and_verdicts_speak_of_each_constraint():
     asked = asks(topic="chess", language="german", length="under 5", year="2019")
     decision = judge(asked, dataclasses.replace(CHESS, year=None))

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from afrl_jax.data.readers import read_judgments, write_judgments
+from afrl_jax.data.sources import open_judgments
 from afrl_jax.data.tables import DataError
-from afrl_jax.schema import Document, Explanation, Judgment, Match, Query, Scale
+from afrl_jax.schema import Document, Explanation, Instruction, Judgment, Match, Query, Rule, Scale
 
 SCALE = Scale(("0", "1", "2"))
 QUERIES = [{"query_id": "q1", "text": "red ball"}, {"query_id": 2, "text": "bat", "context": "watched: baseball"}]
@@ -225,6 +226,8 @@ def test_pairs_that_nobody_judged_are_read_where_the_source_says_so(tmp_path):
         ([EXPECTED[1], Judgment(Query("2", "club"), BALL, 1)], "query_id '2' names two queries"),
         ([EXPECTED[0], Judgment(BAT, Document("a", "Bat"), 1)], "doc_id 'a' names two documents"),
         ([Judgment(BAT, Document("d", "t", fields={"title": "x"}), 1)], "a field may not be called 'title'"),
+        ([Judgment(Query("2", " "), BALL, 1)], "ids and the texts of queries must not be empty"),
+        ([Judgment(BAT, Document("", "t"), 1)], "ids and the texts of queries must not be empty"),
         ([Judgment(BAT, BALL, 3)], "grade 3 is not an index of the scale"),
         ([Judgment(BAT, BALL, -1)], "grade -1 is not an index of the scale"),
     ],
@@ -233,3 +236,28 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path, judgments, message):
     with pytest.raises(ValueError, match=message):
         write_judgments(tmp_path / "folder", judgments, SCALE)
     assert not (tmp_path / "folder").exists()
+
+
+def test_phrases_are_spelled_as_tokenizers_spell_them(tmp_path):
+    decomposed = {"need": ["cafe\u0301"], "facts": ["cafe\u0301"], "verdicts": ["met"], "rule": 4}
+    write_lines(tmp_path / "queries.jsonl", QUERIES)
+    write_lines(tmp_path / "documents.jsonl", DOCUMENTS)
+    write_lines(tmp_path / "judgments.jsonl", [JUDGMENTS[1] | {"explanation": decomposed}])
+    (judgment,) = read_judgments({"path": tmp_path}, SCALE)
+    assert judgment.explanation.need == judgment.explanation.facts == ("caf\u00e9",)
+
+
+@pytest.mark.parametrize(
+    ("rule", "grade", "message"),
+    [(99, 2, "rule 99 for grade 2, but the instruction has rules 4, 5"), (4, 0, "but that rule leads to 2")],
+)
+def test_an_explanation_follows_the_rulebook(tmp_path, rule, grade, message):
+    instruction = Instruction("Grade.", SCALE, (Rule(4, "red", (2,)), Rule(5, "else", (0, 1))))
+    write_lines(tmp_path / "queries.jsonl", QUERIES)
+    write_lines(tmp_path / "documents.jsonl", DOCUMENTS)
+    row = {"query_id": "q1", "doc_id": "a", "grade": grade, "explanation": REASON | {"rule": rule}}
+    write_lines(tmp_path / "judgments.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        open_judgments({"format": "folder", "path": tmp_path}, instruction, 0)
+    write_lines(tmp_path / "judgments.jsonl", [row | {"grade": 2, "explanation": REASON}])
+    assert len(open_judgments({"format": "folder", "path": tmp_path}, instruction, 0)) == 1

@@ -1,5 +1,6 @@
 import collections
 import csv
+import decimal
 import json
 import logging
 import os
@@ -305,3 +306,18 @@ def test_a_csv_file_of_pairs_may_have_empty_and_long_cells_and_weights(tmp_path)
     assert half.weight("weight", 1.0) == 0.5
     with pytest.raises(DataError, match=r"w\.csv:3: weight: must be a finite number"):
         wrong.weight("weight", 1.0)
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("query,title,title\nball,Ball,Bat\n")
+    with pytest.raises(FileError, match=r"pairs\.csv:1: the header names 'title' more than once"):
+        list(read_pairs(tmp_path / "pairs.csv"))
+
+
+def test_decimals_of_parquet_are_fields(tmp_path):
+    table = pyarrow.table({"query": ["ball"], "title": ["Ball"], "price": [decimal.Decimal("9.90")]})
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    (pair,) = read_pairs(tmp_path / "pairs.parquet")
+    assert pair.carried == {"price": decimal.Decimal("9.90")}
+    (row,) = read_rows(tmp_path / "pairs.parquet", Problems())
+    assert row.others(("query", "title")) == {"price": "9.90"}

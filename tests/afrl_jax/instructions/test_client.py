@@ -228,6 +228,12 @@ def test_a_prompt_that_is_refused_leaves_the_others_their_answers(serve, connect
     assert len(list((tmp_path / "cache").iterdir())) == 2  # it may be answered another time
 
 
+def test_a_refused_prompt_that_comes_often_is_one_refused_prompt(serve, connect):
+    client = connect(serve((400, {"error": "too long"}, {}), answer("second")), concurrency=1)
+    found = client.complete([*["a"] * 12, "b", "a"], max_tokens=5)
+    assert [one.text for one in found] == [*[""] * 12, "second", ""] and found[0].refused == found[-1].refused != ""
+
+
 def test_when_all_are_refused_it_is_the_request(serve, connect):
     refusal = (400, {"error": "no parameter max_tokens"}, {})
     server = serve(*[refusal] * 500)

@@ -57,6 +57,14 @@ def explain(folder, output, server, *more):
     main(["explain", *paths, f"--base_url={server}", "--language_model=m", *more])
 
 
+def test_explanations_do_not_take_the_place_of_the_judgments(folder, server, capsys):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit):
+        explain(folder, folder, server)
+    assert "holds the judgments themselves" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_human_grades_are_explained(folder, server, tmp_path, capsys):
     output = tmp_path / "explained"
     explain(folder, output, server)

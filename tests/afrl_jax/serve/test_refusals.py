@@ -31,7 +31,7 @@ WRONG = [
     (RERANK, GOOD | {"documents": ["a", {"note": "\udfff"}]}, "documents[1]", "surrogate"),
     (RERANK, GOOD | {"documents": ["a", {"text": 3}]}, "documents[1].text", "valid string"),
     (RERANK, GOOD | {"documents": [{"text": "a", "tags": [["b"]]}]}, "documents[0].tags", "or a list of these"),
-    (RERANK, GOOD | {"documents": [3]}, "documents[0]", "valid string"),
+    (RERANK, GOOD | {"documents": [3] * 8}, "documents[0]", "valid string"),
     (RERANK, GOOD | {"top_n": -1}, "top_n", "greater than or equal to 0"),
     (RERANK, GOOD | {"max_tokens_per_doc": 0}, "max_tokens_per_doc", "greater than or equal to 1"),
     (RERANK, [1], "body", "valid dictionary"),

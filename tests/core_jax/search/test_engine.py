@@ -314,3 +314,10 @@ def test_a_clock_adds_up_stages():
         with clock.stage("recall"):
             pass
     assert clock.milliseconds == {"recall": 750.0} and clock.seconds() == 3.0
+
+
+@pytest.mark.parametrize("rewrite", ["", " ", "\u3000\n"])
+def test_a_rewrite_that_says_nothing_changes_nothing(stages, rewrite):
+    response = Engine(stages).search(Context(QUERY), rewrite=rewrite)
+    assert response.reason == "empty" and response.rewrite is None
+    assert response.results == Engine(stages).search(Context(QUERY)).results

@@ -113,3 +113,13 @@ def test_a_down_backend_raises(tmp_path):
     file.mkdir()
     with pytest.raises(Exception, match="unable to open"):
         RewriteStore(backend, SECRET).read("a", "v1")
+
+
+def test_joiners_are_letters_of_persian_and_other_control_characters_are_not():
+    assert Refusals().reason("آموزش شطرنج برای بچه\u200cها") is None
+    assert Refusals().reason("chess\u200f kids") == "control characters"
+
+
+def test_an_address_that_is_no_store_is_named():
+    with pytest.raises(ValueError, match=r"redis\+tls://h:1/0: a store is redis://"):
+        open_backend("redis+tls://h:1/0")

@@ -13,9 +13,9 @@ import pytest
 import requests
 
 from afrl_jax.data.tables import DataError
+from core_jax.inputs import open_sessions
 from core_jax.serve.__main__ import main
 from core_jax.serve.collection import clips_collection, read_collection, world_of
-from core_jax.sessions import simulate
 from lm_jax.config_file import read_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -36,10 +36,13 @@ def test_a_run_says_which_world_it_lived_in(tmp_path):
         REPOSITORY / "configs" / "core_quickstart.py", ["--config.seed=2", "--config.weekly.drift=0.5"]
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert world_of(tmp_path) == {"seed": 2, "drift": 0.5, "sessions": config["weekly"]["held_out"]}
-    _, contexts = clips_collection(3, seed=2, drift=0.5, sessions=40)
-    truth = simulate(2, "dev", 3, 40, drift=0.5)
-    assert {context.key for context in contexts} <= {each.session.context.key for each in truth}
+    world = world_of(tmp_path)
+    assert world == {"seed": 2, "drift": 0.5, "sessions": 800, "shown": 8, "random_documents": 2}
+    documents, contexts = clips_collection(3, **world | {"sessions": 40})
+    lived = open_sessions({**config["data"]["train"], "split": "dev", "week": 3, "sessions": 40, "drift": 0.5}, 2)
+    assert {context.key for context in contexts} <= {context.key for context in lived.contexts}
+    shown = {each.document.doc_id for session in lived.sessions for each in session.shown}
+    assert shown <= {document.doc_id for document in documents}
 
 
 def test_the_built_in_world_offers_contexts_whose_documents_are_there():
