@@ -109,9 +109,13 @@ def main() -> None:
     parser.add_argument("--model", default="bm25", help="a relevance model folder; bm25: none, BM25 judges")
     parser.add_argument("--sessions", type=int, default=400, help="simulated; those without a contrast are left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--near", type=int, default=0, help="of four random documents, those on the watched clip's topic"
+    )
     parser.add_argument("--quick", action="store_true", help="60 sessions")
     args = parser.parse_args()
-    drawn = simulate(args.seed, "train", 0, 60 if args.quick else args.sessions, shown=8, random_documents=2)
+    count, like = 60 if args.quick else args.sessions, {"shown": 8, "random_documents": 4, "near_documents": args.near}
+    drawn = simulate(args.seed, "train", 0, count, **like)
     sessions = [each for each in drawn if each.session.has_contrast and each.session.context.watched]
     random = np.random.default_rng(args.seed)
     texts = [list(changes(each, random)) for each in sessions]

@@ -10,7 +10,8 @@ Sessions are a table (.jsonl, .jsonl.gz or .parquet), one row a search:
 A document has `title` and, where it likes, `text` and any other field, which is shown too. `action` is "click" (opened
 and stayed), "glance" (opened and left) or "none" (seen and passed over); what was not looked at is not listed. `weight`
 is 1 by default; a product's own "weight" or "action" needs another name. Documents of `random` are drawn from the
-catalogue without regard to the query.
+catalogue without regard to the query; better some of them from what is near the watched document, as the reward then
+sees what a rewrite drops (`benchmarks/reward_audit.py`).
 
 Rewrites are a table {"utterance", "rewrite"[, "history": [...]]}: what was said before takes the place of the watched
 document. `cast_rewrites` and `zh_utterance_rewrite` are such tables.

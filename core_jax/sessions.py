@@ -124,15 +124,22 @@ def simulate(
     *,
     shown: int = 10,
     random_documents: int = 4,
+    near_documents: int = 0,
     drift: float = 1.0,
     start: int = 0,
 ) -> Iterator[SimulatedSession]:
-    """`count` sessions of a week from number `start`; those of one split share no intent with those of another."""
+    """`count` sessions of a week from number `start`; those of one split share no intent with those of another.
+
+    Of its random documents the first `near_documents` are random among those on the watched clip's topic: a rewrite
+    that drops what was typed lets such documents in, and nearly never those of the whole collection.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {', '.join(SPLITS)}")
+    if not 0 <= near_documents <= random_documents:
+        raise ValueError(f"near_documents is {near_documents}; it lies between 0 and random_documents")
     of_week = drift_of_week(seed, week, drift)
     for index in range(start, start + count):
-        yield _simulate_one(seed, split, week, index, shown, random_documents, of_week)
+        yield _simulate_one(seed, split, week, index, shown, (near_documents, random_documents), of_week)
 
 
 def _stream(seed: int, split: str, week: int, index: int) -> np.random.Generator:
@@ -141,7 +148,7 @@ def _stream(seed: int, split: str, week: int, index: int) -> np.random.Generator
 
 
 def _simulate_one(
-    seed: int, split: str, week: int, index: int, shown: int, random_documents: int, drift: Drift
+    seed: int, split: str, week: int, index: int, shown: int, near_and_all: tuple[int, int], drift: Drift
 ) -> SimulatedSession:
     rng = _stream(seed, split, week, index)
     session_id = f"{split}-{seed}-{week}-{index}"
@@ -168,7 +175,10 @@ def _simulate_one(
             Shown(result, action, 1.0 if action is not Action.NONE or place < last else 0.5)
             for place, (result, action) in enumerate(zip(results, actions, strict=False))
         ),
-        tuple(document(random_clip(rng), f"r{place}") for place in range(random_documents)),
+        tuple(
+            document(_random(rng, watched if place < near_and_all[0] else None), f"r{place}")
+            for place in range(near_and_all[1])
+        ),
         FIRST_WEEK + (week + rng.random()) * WEEK,
         changed_query=gave_up,
     )
@@ -195,6 +205,14 @@ def _watched(rng: np.random.Generator, intent: Intent) -> Clip | None:
         if clip is not None:
             return clip
     return None
+
+
+def _random(rng: np.random.Generator, near: Clip | None) -> Clip:
+    """A clip of the catalogue, on the topic of another where one is given."""
+    while True:
+        clip = random_clip(rng)
+        if near is None or clip.topic == near.topic:
+            return clip
 
 
 def _kept(rng: np.random.Generator, intent: Intent, *, has_context: bool) -> Intent:

@@ -47,7 +47,7 @@ def world_of(run: Path) -> dict[str, Any]:
         raise ValueError(f"--run: {run} is no workdir of core_jax.main: it has no config.json")
     settings = read_settings(json.loads(file.read_text(encoding="utf-8")))
     like = settings.data[settings.sessions]
-    same = {name: like[name] for name in ("shown", "random_documents", "start") if name in like}
+    same = {name: like[name] for name in ("shown", "random_documents", "near_documents", "start") if name in like}
     return {"seed": settings.seed, "drift": settings.weekly.drift, "sessions": settings.weekly.held_out, **same}
 
 

@@ -168,6 +168,15 @@ def test_contexts_have_keys_of_their_own(simulated):
     assert context.key == Context(context.query, dataclasses.replace(context.watched, title="same id")).key
 
 
+def test_near_documents_are_on_the_topic_of_the_watched_clip():
+    some = [each.session for each in simulate(0, "train", 0, 40, near_documents=2)]
+    some = [session for session in some if session.context.watched]
+    same = np.array([[d.fields["topic"] == s.context.watched.fields["topic"] for d in s.random] for s in some])
+    assert same.shape == (len(some), 4) and same[:, :2].all() and same[:, 2:].mean() < 0.2
+    with pytest.raises(ValueError, match="near_documents is 5; it lies between 0 and random_documents"):
+        next(simulate(0, "train", 0, 1, near_documents=5))
+
+
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match="'training'; it is one of train, dev, test"):
         next(simulate(0, "training", 0, 1))
