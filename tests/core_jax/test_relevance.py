@@ -1,6 +1,9 @@
+import types
+
 import numpy as np
 import pytest
 
+from afrl_jax.calibration import Calibration
 from afrl_jax.schema import Document, Query
 from afrl_jax.scoring import RelevanceModel
 from core_jax import relevance as relevance_module
@@ -17,6 +20,8 @@ class Counting:
     """A model that scores by the length of the query and says what it was asked."""
 
     version = "v1"
+    calibration = Calibration.identity(2)
+    format = types.SimpleNamespace(prefix_text=lambda query: "Judge.", max_document_tokens=8)
 
     def __init__(self):
         self.asked = []
@@ -103,3 +108,25 @@ def test_bm25_prefers_rare_shared_words():
     norm = 1.2 * (0.25 + 0.75 * 2 / (10 / 3))
     score = np.log(1 + 1.5 / 2.5) * 2.2 / (1 + norm)
     assert found[1] == pytest.approx(score / (score + 3))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": "v2"},
+        {"calibration": Calibration(2.0, (0.0, 0.0))},
+        {"format": types.SimpleNamespace(prefix_text=lambda query: "Judge well.", max_document_tokens=8)},
+        {"format": types.SimpleNamespace(prefix_text=lambda query: "Judge.", max_document_tokens=9)},
+    ],
+)
+def test_scores_are_kept_for_all_that_decides_them(tmp_path, changed):
+    pairs = [("a", DOCUMENTS[0])]
+    first = DeployedRelevance(Counting(), tmp_path / "scores.sqlite")
+    first(pairs)
+    model = Counting()
+    for name, value in changed.items():
+        setattr(model, name, value)
+    other = DeployedRelevance(model, tmp_path / "scores.sqlite")
+    assert other.version != first.version
+    other(pairs)
+    assert other.scored == 1 and other.found == 0
