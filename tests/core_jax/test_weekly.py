@@ -220,7 +220,7 @@ def test_the_page_of_all_weeks_counts_as_the_detector_does(tmp_path):
 
 def test_a_week_begins_with_what_the_registry_has_in_production(workdir, weeks, config, tmp_path):
     """Somebody rolls back between two weeks."""
-    folder = shutil.copytree(workdir, tmp_path / "run")
+    folder = shutil.copytree(workdir, tmp_path / "run", symlinks=True)
     for path in (folder / "stages").glob("week[23]*"):
         shutil.rmtree(path)
     first = Registry(folder / REGISTRY, golden_self_test).rollback(who="test", why="not what we want")
