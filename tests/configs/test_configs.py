@@ -50,14 +50,13 @@ def test_a_judge_that_reads_is_asked_as_it_was_trained():
 @pytest.fixture
 def data_folder(tmp_path):
     """Judgments of the recipe's scale, with documents as long as it lets them be."""
-    constraint = Explanation(("red",), ("blue",), (Match.VIOLATED,), 2)
     judgments = [
         Judgment(
             Query(f"q{query}", f"red shoes number {query}"),
             Document(f"d{query}-{grade}", "Shoes", "blue leather with laces " * 400),
             grade,
-            constraint,
-            (2,),
+            Explanation(("red",), ("blue",), (Match.VIOLATED,), grade + 1),  # the recipe has a rule for each grade
+            (grade + 1,),
         )
         for query in range(8)
         for grade in range(4)

@@ -116,8 +116,6 @@ def test_events_outlive_a_process_that_ends_at_once(tmp_path):
     log = RunLog(tmp_path)
     log.write("sft", 0, {"loss": 2.0})
     log.close()  # before os._exit
-    log.write("sft", 1, {"loss": 1.0})
-    log.close()
-    files = sorted((tmp_path / "tensorboard" / "sft").glob("*"))
-    steps = [event.step for file in files for event in tensorboard_events(file) for _ in event.summary.value]
-    assert sorted(steps) == [0, 1]
+    (file,) = (tmp_path / "tensorboard" / "sft").glob("*")
+    assert [event.step for event in tensorboard_events(file) for _ in event.summary.value] == [0]
+    log.close()  # once more, as a run that ends well does
