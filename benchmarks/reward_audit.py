@@ -31,10 +31,9 @@ from afrl_jax.data.clips_rules import Constraint, Intent, judge
 from afrl_jax.scoring import RelevanceModel
 from core_jax.ratio_reward import RewardSettings, Rewrite, score_rewrites
 from core_jax.relevance import BM25Relevance, DeployedRelevance, Pair, Relevance
-from core_jax.sessions import SimulatedSession, simulate
+from core_jax.sessions import SUBJECTS, SimulatedSession, simulate
 from lm_jax.bootstrap import Figure, Resamples, interval
 
-SUBJECTS = ("topic", "series", "category", "creator")
 ADDED = ("kind", "language", "level", "audience")  # what of the watched clip is added, though nobody meant it
 TYPED, MEANT = "as typed", "all that was meant"
 

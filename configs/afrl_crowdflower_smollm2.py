@@ -5,9 +5,10 @@
         --config.data_root=DIR_OF_THE_DATA_SETS
 
 Measured once, seed 0, on 2 CPU cores, 99 minutes in all, of which 17 paused and most of the others shared with other
-work; nothing was tuned. On cores without AVX-512 a step takes several times as long, and one in bfloat16, which
-such cores have no instructions for, a quarter more than in float32 (--config.dtype=float32). First a stage on another
-shop (Home Depot's judgments, mixed with these), then these alone. Dev, 30 queries, 1,256 pairs:
+work, before the embedding's gradient was summed in float32; nothing was tuned. On cores without AVX-512 a step takes
+several times as long, and one in bfloat16, which such cores have no instructions for, a quarter more than in float32
+(--config.dtype=float32). First a stage on another shop (Home Depot's judgments, mixed with these), then these alone.
+Dev, 30 queries, 1,256 pairs:
 
     model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE
     sft       .385      .337 [.272, .411]    .270  .825         .658           .036

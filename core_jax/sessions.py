@@ -49,7 +49,7 @@ GLANCE = (0.02, 0.06, 0.1, 0.02)
 GOES_ON = 0.95  # from one result to the next; half as likely after a click on what was wanted
 _PERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if grade == 3)
 _IMPERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if 0 < grade < 3)
-_SUBJECTS = ("topic", "series", "category", "creator")
+SUBJECTS = ("topic", "series", "category", "creator")
 
 NEW_SERIES_FIRST = "neon quartz cobalt ivory granite tidal hazel lunar arctic velour maple onyx".split()
 SLANG = {
@@ -139,7 +139,7 @@ def simulate(
         raise ValueError(f"near_documents is {near_documents}; it lies between 0 and random_documents")
     of_week = drift_of_week(seed, week, drift)
     for index in range(start, start + count):
-        yield _simulate_one(seed, split, week, index, shown, (near_documents, random_documents), of_week)
+        yield _simulate_one(seed, split, week, index, shown, random_documents, near_documents, of_week)
 
 
 def _stream(seed: int, split: str, week: int, index: int) -> np.random.Generator:
@@ -148,7 +148,7 @@ def _stream(seed: int, split: str, week: int, index: int) -> np.random.Generator
 
 
 def _simulate_one(
-    seed: int, split: str, week: int, index: int, shown: int, near_and_all: tuple[int, int], drift: Drift
+    seed: int, split: str, week: int, index: int, shown: int, random_documents: int, near_documents: int, drift: Drift
 ) -> SimulatedSession:
     rng = _stream(seed, split, week, index)
     session_id = f"{split}-{seed}-{week}-{index}"
@@ -176,8 +176,8 @@ def _simulate_one(
             for place, (result, action) in enumerate(zip(results, actions, strict=False))
         ),
         tuple(
-            document(_random(rng, watched if place < near_and_all[0] else None), f"r{place}")
-            for place in range(near_and_all[1])
+            document(_random(rng, watched if place < near_documents else None), f"r{place}")
+            for place in range(random_documents)
         ),
         FIRST_WEEK + (week + rng.random()) * WEEK,
         changed_query=gave_up,
@@ -217,7 +217,7 @@ def _random(rng: np.random.Generator, near: Clip | None) -> Clip:
 
 def _kept(rng: np.random.Generator, intent: Intent, *, has_context: bool) -> Intent:
     """The constraints that are typed: at least one, never all; no subject at all only after a watched clip."""
-    subjects = [constraint for constraint in intent.constraints if constraint.attribute in _SUBJECTS]
+    subjects = [constraint for constraint in intent.constraints if constraint.attribute in SUBJECTS]
     certain = subjects[:1] if not has_context else []
     while True:
         kept = tuple(
@@ -232,7 +232,7 @@ def _kept(rng: np.random.Generator, intent: Intent, *, has_context: bool) -> Int
 def _more(rng: np.random.Generator, intent: Intent, kept: Intent) -> Intent:
     """What is typed after giving up: what was said, the subject, and at least one thing that was left out."""
     left_out = [constraint for constraint in intent.constraints if constraint not in kept.constraints]
-    added = {c for c in left_out if c.attribute in _SUBJECTS or rng.random() < 0.5}
+    added = {c for c in left_out if c.attribute in SUBJECTS or rng.random() < 0.5}
     added = added or {pick(rng, left_out)}
     return Intent(tuple(c for c in intent.constraints if c in kept.constraints or c in added))
 

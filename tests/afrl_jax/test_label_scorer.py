@@ -124,7 +124,7 @@ def test_what_prefill_gives_is_the_grade_and_the_whole_prompt(make, prompts, tin
     np.testing.assert_allclose(block.values[:, :length], cache.prompt_values[:, 0], atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format, monkeypatch):
+def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format):
     scorer = make(batch_tokens=64)
     # As `read_weights` places them, which jit tells from arrays that are placed nowhere.
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
