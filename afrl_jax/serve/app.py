@@ -55,6 +55,7 @@ def make_app(service: Service, load: Callable[[], Scorer], *, on_failure: Callab
     )
     app.state.service = service
     app.add_middleware(refusals.BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(refusals.KeyFirst, keys=service.keys)
     app.add_middleware(Monitored, metrics=service.metrics)
     refusals.install(app)
     app.include_router(routes.scoring)

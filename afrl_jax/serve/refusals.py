@@ -15,8 +15,12 @@ import pydantic
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security.utils import get_authorization_scheme_param
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from afrl_jax.serve.keys import Keys
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the log and the metrics do
 FORMS = ("str", "DocumentFields", "pairs", "items_of_query")  # that a value may have, as pydantic tells them
@@ -66,6 +70,13 @@ class Refused(Exception):
         return ErrorBody(message=self.message, error=detail)
 
 
+def key_needed() -> Refused:
+    """The refusal of whoever shows no key, or none of ours."""
+    refused = Refused(401, "an API key is needed, as `Authorization: Bearer KEY`", param="authorization")
+    refused.headers["www-authenticate"] = "Bearer"
+    return refused
+
+
 UNFORESEEN = Refused(500, "the service failed on this request; its log has the reason under the request id")
 
 
@@ -112,6 +123,21 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         return response(UNFORESEEN)
+
+
+class KeyFirst:
+    """ASGI middleware: where keys are asked for, the body of a request without one of them is not read."""
+
+    def __init__(self, app: ASGIApp, keys: Keys):
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `KeyFirst`."""
+        if self.keys and scope["type"] == "http" and scope["method"] == "POST":
+            scheme, key = get_authorization_scheme_param(Headers(scope=scope).get("authorization"))
+            if scheme.lower() != "bearer" or self.keys.client(key) is None:
+                return await response(key_needed())(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -18,7 +18,7 @@ from afrl_jax.answer_format import parse_answer
 from afrl_jax.serve import wire
 from afrl_jax.serve.keys import ANYBODY, Client
 from afrl_jax.serve.monitoring import log
-from afrl_jax.serve.refusals import ErrorBody, Refused, documented
+from afrl_jax.serve.refusals import ErrorBody, Refused, documented, key_needed
 from afrl_jax.serve.scorer import Graded
 from afrl_jax.serve.service import Answer, Service
 
@@ -45,9 +45,7 @@ def client_of(
         return ANYBODY
     client = service.keys.client(given.credentials) if given else None
     if client is None:
-        refused = Refused(401, "an API key is needed, as `Authorization: Bearer KEY`", param="authorization")
-        refused.headers["www-authenticate"] = "Bearer"
-        raise refused
+        raise key_needed()
     return client
 
 
@@ -103,14 +101,16 @@ async def score(
         return await score_items(body, request, service, client)
     texts = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     bodies = body.text_2 if isinstance(body.text_2, list) else [body.text_2]
-    documents = wire.to_documents(bodies, service.settings, "text_2")
+    first, second = body.names
+    documents = wire.to_documents(bodies, service.settings, second)
     if len(texts) not in (1, len(documents)):
-        raise Refused(422, f"text_1: {len(texts)} of them for {len(documents)} of text_2; 1 or as many", param="text_1")
+        wrong = f"{first}: {len(texts)} of them for {len(documents)} of {second}; 1 or as many"
+        raise Refused(422, wrong, param=first)
     if not all(texts):
-        raise Refused(422, "text_1: a query is empty", param="text_1")
-    queries = [wire.to_query(text, "", service.settings, "text_1") for text in texts]
+        raise Refused(422, f"{first}: a query is empty", param=first)
+    queries = [wire.to_query(text, "", service.settings, first) for text in texts]
     pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
-    answer = await service.score(request, client, pairs, query_field="text_1")
+    answer = await service.score(request, client, pairs, query_field=first)
     data = [
         {"index": index, "score": graded.score, **wire.graded_fields(graded)}
         for index, graded in enumerate(service.scorer.graded(answer.probabilities))

@@ -103,16 +103,33 @@ class RerankResponse(Told):
     meta: dict[str, Any] = Field(description="what Cohere's clients count")
 
 
+FIRST, SECOND = ("text_1", "data_1", "queries"), ("text_2", "data_2", "documents", "items")
+
+
 class PairsRequest(Body):
     """Pairs of texts: one with one, one with many, or as many with as many."""
 
     model: Model = None
     text_1: str | Annotated[list[str], Field(fail_fast=True)] = Field(
-        validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["chess for kids"]
+        validation_alias=AliasChoices(*FIRST), examples=["chess for kids"]
     )
     text_2: DocumentBody | Annotated[list[DocumentBody], Field(fail_fast=True)] = Field(
-        validation_alias=AliasChoices("text_2", "data_2", "documents", "items"), examples=[["Chess openings", "Bread"]]
+        validation_alias=AliasChoices(*SECOND), examples=[["Chess openings", "Bread"]]
     )
+    _names: tuple[str, str] = (FIRST[0], SECOND[0])
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the client called text_1 and text_2."""
+        return self._names
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _with_names(cls, given: Any, validate: pydantic.ModelWrapValidatorHandler[PairsRequest]) -> PairsRequest:
+        made = validate(given)
+        first, second = (next(name for name in names if given.get(name) is not None) for names in (FIRST, SECOND))
+        made._names = first, second
+        return made
 
 
 class ItemsRequest(Body):
