@@ -6,7 +6,10 @@
 Searches of one week of the built-in world, graded by the searchers' true intents. Rewrites: what was meant (the most
 that a rewriter could say), those of --rewriter, another searcher's, the watched title, a stuffed one, and the worst of
 several for each single search, found by trying (an adversary who sees the grades). Three ways to consume them: beside
-the query in finerank (launch A), in all stages (launch B), and in the query's place.
+the query in finerank (launch A), in all stages (launch B), and in the query's place. In all stages a rewrite brings
+documents of its own on top of the K and F of the query, so that launch is also set against the query alone at equal
+depth, which recalls and ranks as many: what is left is the rewrite's, not the depth's. A recall says of how many
+documents it is.
 
 Checked on the way: an empty rewrite changes no bit, and no search in parallel passes the bound of
 `core_jax.search.fusion` at any rank. Prints tables, and one line of JSON last.
@@ -33,7 +36,7 @@ from core_jax.search.finerank import Finerank
 from core_jax.search.rawrank import LightRanker
 from core_jax.search.recall import LexicalRecall
 from core_jax.search.stages import LAUNCH_A, LAUNCH_B, ORIGINAL, Stages
-from core_jax.search.trial import MEANINGS, Trial, compare
+from core_jax.search.trial import MEANINGS, Compared, Trial, compare
 from core_jax.sessions import simulate
 
 STUFFED = "best top new free full hd video clip guitar chess yoga football spanish kids latest"
@@ -98,6 +101,16 @@ def main() -> None:
     print_radius(rows, stages.fusion.least_kept())
     launched = kinds.get("the rewriter's", meant)
     result |= print_launches(trial, engine, contexts, launched, original, queries, args.seed)
+    deep = run(trial, lambda number: Engine(stages.deeper()).search(contexts[number], consumption=ORIGINAL))
+    found = run(trial, searcher(engine, contexts, launched, WAYS[1]))
+    deep_recalled = stages.deeper().recalled
+    for name, sides, depths in (
+        ("the query alone, as deep", (original, deep), (stages.recalled, deep_recalled)),
+        (f"{WAYS[1]}, against the query alone as deep", (deep, found), (deep_recalled, deep_recalled)),
+    ):
+        print(f"{name}, all searches")
+        compared = compare(*(side.values for side in sides), queries, seed=args.seed)
+        result |= print_compared(name, compared, depths)
     print(json.dumps(result))
 
 
@@ -197,15 +210,22 @@ def print_launches(
         chosen = [{name: values[impacted] for name, values in each.values.items()} for each in (original, found)]
         print(f"{way}: {impacted.mean():.0%} of the searches are changed; of these")
         asked = [query for query, on in zip(queries, impacted, strict=True) if on]
-        for name, each in compare(*chosen, asked, seed=seed).items():
-            change = f"{each.difference.value:+.3f} ({each.difference.low:+.3f} to {each.difference.high:+.3f})"
-            print(f"    {name:14} {each.a.value:.3f} -> {each.b.value:.3f}  {change}")
-            result[f"{way}/impacted/{name}"] = each.difference.value
+        depths = [max(len(response.recalled) for response in each.responses) for each in (original, found)]
+        result |= print_compared(f"{way}/impacted", compare(*chosen, asked, seed=seed), depths)
         for stage in found.responses[0].milliseconds:
             times = [response.milliseconds[stage] for response in found.responses]
             result |= {f"{way}/{stage}_ms/{p}": float(np.percentile(times, p)) for p in (50, 95)}
             print(f"    {stage:14} {np.median(times):7.2f} ms, 95%: {np.percentile(times, 95):.2f} ms")
     return result
+
+
+def print_compared(way: str, compared: Mapping[str, Compared], depths: Sequence[int]) -> dict[str, float]:
+    """Each figure without and with; recall is of as many documents as `depths` says of both sides."""
+    for name, each in compared.items():
+        change = f"{each.difference.value:+.3f} ({each.difference.low:+.3f} to {each.difference.high:+.3f})"
+        of = f"  of {depths[0]} and {depths[1]}" if name == "recall" else ""
+        print(f"    {name:14} {each.a.value:.3f} -> {each.b.value:.3f}  {change}{of}")
+    return {f"{way}/{name}": each.difference.value for name, each in compared.items()}
 
 
 if __name__ == "__main__":

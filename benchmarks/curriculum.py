@@ -5,11 +5,12 @@
 
 On clips. Every arm of a seed starts from one model, which has read domain text (S0) and a few judgments, as a
 pretrained model has. Order: S1 single-rule cases, S2 near misses and conflicts, S3 RL on prompts with mixed groups, S4
-RL on the natural mix with the SFT auxiliary loss; against the same sources shuffled, and against the last mix alone -
-same steps, rows and tokens. Answer: the grade first and then why; the grade alone; the reason first and the grade last,
-with half of the loss on the grade - same steps and rows, S1 and S2 only. Reason-first pays for its score with a decode,
-so both accuracy and the seconds of scoring are told. Stages are short: what is asked is what order does, not how far a
-model gets. Stopping and starting again continues. The last line is JSON.
+RL on the natural mix with the SFT auxiliary loss; against the same sources shuffled, and against S4's natural mix and
+objective alone - same steps, rows and tokens. Answer: the grade first and then why; the grade alone; the reason first
+and the grade last, with half of the loss on the grade - same steps and rows, S1 and S2 only. Reason-first pays for its
+score with a decode, so both accuracy and the seconds of scoring are told: of fresh pairs on either side, the decoder's
+prompts sharing no prefix. Stages are short: what is asked is what order does, not how far a model gets. Stopping and
+starting again continues. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -190,16 +191,18 @@ def _predictions(judgments: Sequence[Judgment], probabilities: np.ndarray) -> Pr
 
 
 def _prefill_seconds(workdir: Path, config: Mapping[str, Any]) -> float:
-    """Seconds to score so many test pairs by their first token, after a warm-up, kept in the run's folder."""
+    """Seconds to score so many test pairs by their first token, kept in the run's folder. What warms up are other
+    pairs: of those that are timed neither tokens nor prefixes are kept from before."""
     from afrl_jax.scoring import RelevanceModel
 
     file = workdir / "scoring.json"
     if not file.exists():
         model = RelevanceModel.load(workdir / "export")
         source = config["data"][config["evaluation"].get("test", "dev")]
-        judgments = sources.open_judgments(source, model.format.instruction, config["seed"])[:TIMED]
-        pairs = [(judgment.query, judgment.document) for judgment in judgments]
-        model.label_logprobs(pairs)
+        judgments = sources.open_judgments(source, model.format.instruction, config["seed"])
+        whole = [(judgment.query, judgment.document) for judgment in judgments]
+        pairs = whole[:TIMED]
+        model.label_logprobs(whole[TIMED : 6 * TIMED])
         began = time.monotonic()
         jax.block_until_ready(model.label_logprobs(pairs))
         file.write_text(json.dumps((time.monotonic() - began) * TIMED / len(pairs)))

@@ -13,6 +13,7 @@ production after each week is what the gate's decisions say, by the registry's l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from core_jax.gate import GATES
+from core_jax.gate import GATES, Decision
 from core_jax.incidents import INCIDENTS
 from core_jax.registry import Registry
 from core_jax.weekly import REGISTRY
@@ -52,7 +53,7 @@ def main() -> None:
     args.workdir = args.workdir.resolve()  # the run is started elsewhere
     weeks = QUICK_WEEKS if args.quick else WEEKS
     planted = {f"week{week}": incident for week, incident in SCHEDULE.items() if week <= weeks}
-    small = {"sessions": 12, "held_out": 40, "searches": 4}
+    small = {"sessions": 12, "held_out": 300, "searches": 4}  # the gate judges nothing below 100 queries
     full = {"sessions": 800, "held_out": 1500}
     sizes = {"weeks": weeks, "incidents": planted, **(small if args.quick else full)}
     command = [sys.executable, "-m", "core_jax.main", f"--config={args.config}", f"--workdir={args.workdir}"]
@@ -71,9 +72,10 @@ def main() -> None:
 
 
 def check_history(workdir: Path, weeks: Sequence[Mapping[str, Any]]) -> None:
-    """The registry's moves are the gate's promotions, in order."""
-    moves = [r["to"] for r in Registry(workdir / REGISTRY, lambda folder: None).history() if r["action"] == "promote"]
-    promoted = [week["candidate"] for week in weeks if week["promoted"]["gate"]]
+    """The registry's moves are the gate's promotions, in order. One that a kill cut short was made again: it is one."""
+    records = Registry(workdir / REGISTRY, lambda folder: None).history()
+    moves = [to for to, _ in itertools.groupby(record["to"] for record in records if record["action"] == "promote")]
+    promoted = [week["candidate"] for week in weeks if week["decisions"]["gate"] == Decision.PROMOTE]
     assert moves[1:] == promoted, f"the log's moves {moves[1:]} are not the gate's {promoted}"
 
 
@@ -90,19 +92,20 @@ def write_study(
         "",
         "```\npython -m benchmarks.gate_study --workdir=runs/gate_study --output=docs/studies/gate.md\n```",
         "",
-        "| gate | clean weeks blocked | incident weeks blocked | plantings never blocked | mean delay, weeks |",
-        "|---|---|---|---|---|",
+        "| gate | clean weeks blocked | promoted | incident weeks blocked | promoted | plantings never blocked "
+        "| mean delay, weeks |",
+        "|---|---|---|---|---|---|---|",
     ]
+    rates = ("false_block_rate", "promotion_rate", "detection_rate", "let_through_rate")
     for name in GATES:
         delay = metrics.get(f"{name}/mean_delay_weeks")
-        lines.append(
-            f"| {name} | {share(metrics, name, 'false_block_rate')} | {share(metrics, name, 'detection_rate')} "
-            f"| {metrics[f'{name}/never_detected']:.0f} | {'–' if delay is None else f'{delay:.1f}'} |"
-        )
+        cells = [name, *(share(metrics, name, each) for each in rates), f"{metrics[f'{name}/never_detected']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {'–' if delay is None else f'{delay:.1f}'} |")
     lines += [
         "",
-        "Shares with 95% Wilson intervals. All gates saw the same candidates; which candidates there were, the first "
-        "gate's decisions shaped.",
+        "Shares with 95% Wilson intervals; what is neither blocked nor promoted was on hold. All gates saw the same "
+        "candidates; which candidates there were, the first gate's decisions shaped. `reward_only` asks the deployed "
+        "relevance model, also where that has gone wrong.",
         "",
         f"![What rewrites say against what was meant, week by week]({file.stem}_judge.png)",
         "",

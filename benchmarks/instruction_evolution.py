@@ -13,6 +13,7 @@ JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from benchmarks import studies
 from lm_jax import report_pictures, run_log
 from lm_jax.config_file import read_config
 from lm_jax.report_pictures import Picture, Plot, Rows
+from lm_jax.run_folder import RunFolder
 
 COMMAND = "python -m benchmarks.instruction_evolution --workdir=runs/instruction_evolution --output=docs/studies"
 FULL, HELD_OUT = "full rulebook", "full rulebook, held-out wording"
@@ -49,13 +51,15 @@ def ideal(seed: int, workdir: Path, smoke: bool) -> dict[str, float]:
         "dev_replay": clips_rulebooks.decided_groups(3 * seed + 1, "dev", queries // 2, 8, **mix),
         "test": clips_rulebooks.decided_groups(3 * seed + 2, "test", queries, 8, **mix),
     }
+    settings = EvolutionSettings(rounds=rounds, seed=seed)
+    RunFolder(workdir, {"settings": dataclasses.asdict(settings), "queries": queries})
     file = workdir / "report" / "metrics.json"
     if not file.exists():
         evolve_instruction(
             IdealReader(one for some in decided.values() for one in some),
             clips_rulebooks.base_instruction(),
             {name: [one.judgment for one in some] for name, some in decided.items()},
-            EvolutionSettings(rounds=rounds, seed=seed),
+            settings,
             workdir,
             references={FULL: clips_rulebooks.full_rulebook()},
             rule_frequency=clips_rulebooks.natural_frequencies(),
@@ -83,6 +87,8 @@ def model(seed: int, workdir: Path, smoke: bool) -> dict[str, float]:
 
 def zero_shot(seed: int, workdir: Path, smoke: bool, data_root: Path) -> dict[str, float]:
     """Metrics of the loop on shop search. A query has some forty pairs, much alike: a few of each are judged."""
+    settings = EvolutionSettings(rounds=1 if smoke else 2, clusters=1 if smoke else 3, edits=2, seed=seed)
+    RunFolder(workdir, {"settings": dataclasses.asdict(settings), "data": str(data_root), "smoke": smoke})
     file = workdir / "report" / "metrics.json"
     if not file.exists():
         base = Instruction("Judge how well the product matches the shopping query.", Scale(("1", "2", "3", "4")))
@@ -98,7 +104,6 @@ def zero_shot(seed: int, workdir: Path, smoke: bool, data_root: Path) -> dict[st
             for name, (path, keep, pairs) in parts.items()
         }
         judge = ModelJudge(RelevanceModel.load(SMOLLM2, instruction=base), sets.pop("calibration"))
-        settings = EvolutionSettings(rounds=1 if smoke else 2, clusters=1 if smoke else 3, edits=2, seed=seed)
         evolve_instruction(judge, base, sets, settings, workdir)
     return json.loads(file.read_text())
 

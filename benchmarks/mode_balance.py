@@ -5,7 +5,9 @@
 
 On clips. Every arm of a seed starts from the same SFT model and makes the same number of updates with the same
 rollouts a step; every arm that sees experts sees the same number of expert rows a step, from the same rule-stratified
-set, and the arm "sft" is those alone. Nothing is tuned for one arm. Stopping and starting again continues.
+set, and the arm "sft" is those alone. Two arms are unequal by what they are: "gated" sees the right answers of its own
+prompts, where their group was dead, and "rehearsal" right answers of the start model. Nothing is tuned for one arm.
+Stopping and starting again continues.
 
 The world: prompts in the natural mix, experts in even shares, tests with even shares so that rare rules can be counted;
 head, torso and tail are told by the natural mix. The last line is JSON.

@@ -78,11 +78,14 @@ def _kind(constraint: Constraint) -> str:
 
 
 def prices(
-    sessions: Sequence[SimulatedSession], texts: Sequence[Sequence[tuple[str, str]]], relevance: Relevance
+    sessions: Sequence[SimulatedSession],
+    texts: Sequence[Sequence[tuple[str, str]]],
+    relevance: Relevance,
+    settings: RewardSettings,
 ) -> dict[str, list[list[float]]]:
     """By change, for each session, log r of each such text minus that of the query as typed."""
     rewrites = [[Rewrite(text, len(text.split())) for _, text in some] for some in texts]
-    found = iter(score_rewrites([each.session for each in sessions], rewrites, relevance, RewardSettings()).value)
+    found = iter(score_rewrites([each.session for each in sessions], rewrites, relevance, settings).value)
     priced: dict[str, list[list[float]]] = {}
     for number, some in enumerate(texts):
         as_typed = next(found)
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--near", type=int, default=0, help="of four random documents, those on the watched clip's topic"
     )
+    parser.add_argument("--off_query", type=float, default=0.0, help="the weight of the reward's off-query term")
     parser.add_argument("--quick", action="store_true", help="60 sessions")
     args = parser.parse_args()
     count, like = 60 if args.quick else args.sessions, {"shown": 8, "random_documents": 4, "near_documents": args.near}
@@ -122,7 +126,10 @@ def main() -> None:
         relevance: Relevance = BM25Relevance(shown.document for each in sessions for shown in each.session.shown)
     else:
         relevance = DeployedRelevance(RelevanceModel.load(args.model))
-    priced = {name: prices(sessions, texts, each) for name, each in (("model", relevance), ("truth", Truth()))}
+    settings = RewardSettings(off_query=args.off_query)
+    priced = {
+        name: prices(sessions, texts, each, settings) for name, each in (("model", relevance), ("truth", Truth()))
+    }
     told = {what: {name: figures(priced[name][what], args.seed) for name in priced} for what in sorted(priced["truth"])}
     assert told[MEANT]["truth"][0].low > 0, "the truth does not pay for what was meant"
     print(f"{len(sessions)} sessions; {args.model}\n")

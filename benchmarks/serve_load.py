@@ -1,4 +1,5 @@
-"""The service under an open-loop load: what it answers, refuses and loses at half, once and twice its capacity.
+"""The service under an open-loop load: what it answers, refuses and loses at half, once and twice its capacity, of
+requests of one document, of few and of many.
 
   python -m benchmarks.serve_load                  SmolLM2-135M zero-shot (`make smollm2` fetches it)
   python -m benchmarks.serve_load --model=runs/quickstart/export --quick
@@ -6,8 +7,8 @@
 Starts `python -m afrl_jax.serve` and measures its capacity with as many requests in flight as it pleases. Then requests
 arrive at random times (Poisson) at a multiple of that rate, whether or not earlier ones were answered; a latency
 counts from the time a request was due. Every answer under load is compared with the answer the same request gets from
-the idle service: a mixed-up or made-up order would show. Prints a table, and one line of JSON last. Client and server
-share the machine.
+the idle service: a mixed-up or made-up order would show. What becomes of requests is also told by their size. Prints a
+table, and one line of JSON last. Client and server share the machine.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = "chess openings explained to children robots interview sourdough at home iceland beginners german".split()
 LOADS = (0.5, 1.0, 2.0)
+SIZES = {1: 13, 8: 17, 200: 2}  # documents of a request, and how many of 32 requests are of that size
 CLOSED_LOOP = 16  # requests in flight while capacity is measured
 # Scores in another batch are rounded otherwise; another document's are off by more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 
 
-def requests_of(count: int, documents: int, seed: int) -> list[dict[str, Any]]:
-    """Different requests: a query of a few words and documents of 20 to 60."""
+def requests_of(seed: int) -> list[dict[str, Any]]:
+    """Different requests of all `SIZES`, mixed: a query of a few words and documents of 20 to 60."""
     random = np.random.default_rng(seed)
 
     def text(low: int, high: int) -> str:
         return " ".join(random.choice(WORDS, random.integers(low, high)))
 
     return [
-        {"query": text(2, 6), "documents": [text(20, 60) for _ in range(documents)], "return_documents": False}
-        for _ in range(count)
+        {"query": text(2, 6), "documents": [text(20, 60) for _ in range(size)], "return_documents": False}
+        for size in random.permutation(np.repeat(list(SIZES), list(SIZES.values()))).tolist()
     ]
 
 
@@ -89,8 +91,8 @@ async def open_loop(
     rate: float,
     seconds: float,
     tolerance: float,
-) -> dict[str, float]:
-    """What becomes of requests that arrive at `rate` a second for `seconds`."""
+) -> dict[str, Any]:
+    """What becomes of requests that arrive at `rate` a second for `seconds`; `by_documents` of those of each size."""
     random = np.random.default_rng(0)
     due = np.cumsum(random.exponential(1 / rate, max(1, round(rate * seconds))))
     start = time.perf_counter()
@@ -107,12 +109,19 @@ async def open_loop(
 
     found = await asyncio.gather(*(one(place, at) for place, at in enumerate(due)))
     elapsed = time.perf_counter() - start
+    sizes = [len(bodies[place % len(bodies)]["documents"]) for place in range(len(found))]
+    by_size = {size: [one for one, of in zip(found, sizes, strict=True) if of == size] for size in SIZES}
+    rates = {"offered_per_second": len(found) / due[-1]}
+    rates["answered_per_second"] = sum(status == 200 for status, *_ in found) / elapsed
+    return {**rates, **fates(found), "by_documents": {size: fates(some) for size, some in by_size.items()}}
+
+
+def fates(found: list[tuple[int, float, bool]]) -> dict[str, float]:
+    """How many requests ended how, and the latencies of those answered, from (status, seconds, wrong) of each."""
     statuses = Counter(status for status, _, _ in found)
     latencies = np.array([latency for status, latency, _ in found if status == 200] or [np.nan])
     p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
     return {
-        "offered_per_second": len(found) / due[-1],
-        "answered_per_second": statuses[200] / elapsed,
         "answered": statuses[200],
         "refused_429": statuses[429],
         "late_504": statuses[504],
@@ -127,18 +136,21 @@ async def open_loop(
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     """Capacity, then each load."""
-    bodies = requests_of(32, args.documents, seed=1)
+    bodies = requests_of(seed=1)
+    documents = float(np.mean([len(body["documents"]) for body in bodies]))
     tolerance = TOLERANCE[args.dtype]
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as client:
         expected = [(await ask(client, body))[1] for body in bodies]
         capacity = await steady(client, bodies, args.seconds)
-        figures: dict[str, Any] = {"capacity_requests_per_second": capacity, "documents": args.documents}
-        figures["capacity_pairs_per_second"] = capacity * args.documents
-        print(f"capacity {capacity:.1f} requests/s, {capacity * args.documents:.0f} pairs/s, {os.cpu_count()} cores")
+        figures: dict[str, Any] = {"capacity_requests_per_second": capacity, "mean_documents": documents}
+        figures["capacity_pairs_per_second"] = capacity * documents
+        print(f"capacity {capacity:.1f} requests/s, {capacity * documents:.0f} pairs/s, {os.cpu_count()} cores")
         for load in LOADS:
             row = await open_loop(client, bodies, expected, load * capacity, args.seconds, tolerance)
             figures[f"{load:g}x"] = row
-            print(f"{load:4g}x  " + "  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+            for of, part in {"all": row, **row["by_documents"]}.items():
+                told = "  ".join(f"{name} {value:.5g}" for name, value in part.items() if name != "by_documents")
+                print(f"{load:4g}x  {of:>3}  {told}")
     return figures
 
 
@@ -176,7 +188,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=REPOSITORY / "weights" / "smollm2-135m-instruct-q4_1.gguf")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--documents", type=int, default=8, help="of a request")
     parser.add_argument("--deadline_seconds", type=float, default=10.0)
     parser.add_argument("--batch_pairs", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each load")
@@ -199,6 +210,7 @@ def main() -> None:
         "nothing_wrong": all(row["wrong"] == 0 for row in rows),
         "accepted_in_time": all(row["late_504"] == 0 and row["max_ms"] < 1e3 * args.deadline_seconds for row in rows),
         "overload_is_refused": rows[-1]["refused_429"] > 0,
+        "every_size_is_answered": all(part["answered"] for row in rows for part in row["by_documents"].values()),
     }
     print(json.dumps({"benchmark": "serve_load", "model": args.model.name, "dtype": args.dtype, **figures, **checks}))
     if not all(checks.values()):

@@ -23,6 +23,7 @@ from lm_jax import run_log
 from lm_jax.config_file import read_config
 from lm_jax.program import before_jax
 from lm_jax.report_pictures import Plot
+from lm_jax.run_folder import refuse_other_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -53,7 +54,12 @@ def base_config(smoke: bool) -> dict[str, Any]:
 
 
 def run(config: Mapping[str, Any], workdir: Path) -> None:
-    """Run a config to its end, from wherever it stands."""
+    """Run a config to its end, from wherever it stands.
+
+    Raises:
+        ConfigChanged: the folder holds a run of another config, finished or not.
+    """
+    refuse_other_config(workdir, config)
     if not (workdir / "stages" / "export" / "done.json").exists():
         run_log.say(f"--- {workdir}")
         workdir.parent.mkdir(parents=True, exist_ok=True)

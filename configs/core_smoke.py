@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
                 "train": {**clips, "split": "train", "week": 0, "sessions": 24},
                 "held_out": {**clips, "split": "dev", "week": 1, "sessions": 12},
             },
-            "rewrites": {"typed_later": {**clips, "split": "train", "week": 0, "sessions": 100}},
+            "rewrites": {"typed_later": {**clips, "split": "train", "week": 0, "start": 24, "sessions": 100}},
             "supervised": {"mixture": {"typed_later": 1.0}, **small, "learning_rate": 2e-2},
             "mpo": small,
             "grpo": {"rows": 2, "row_tokens": 192, "group": 4, "learning_rate": 1e-3, "save_every": 2},

@@ -30,6 +30,7 @@ MEANINGS: Mapping[str, str] = {
     "s_pos": "↑ relevance of what was clicked",
     "s_neg": "↓ relevance of what was passed over",
     "s_rand": "↓ relevance of random documents",
+    "s_off": "↓ relevance of random documents that the query as typed keeps out; where off_query is 0, of all",
     "share_clipped": "rewrites whose ratio lies outside the clip",
     "judge": "↑ independent judge: F1 of the constraints said against those meant",
     "judge_gain": "↑ the same, minus that of the query as typed",
@@ -104,7 +105,7 @@ def evaluate(rewriter: Rewriter, held_out: Sessions, relevance: Relevance, setti
         "improvement_rate": ours.value > typed.value,
         "log_gain": gain,
         "reward": ours.reward,
-        **{name: getattr(ours, name) for name in ("s_pos", "s_neg", "s_rand")},
+        **{name: getattr(ours, name) for name in ("s_pos", "s_neg", "s_rand", "s_off")},
         "share_clipped": ours.clipped,
         "identity": [_same(rewrite.text, original.text) for rewrite, original in pairs],
         "copies_title": [

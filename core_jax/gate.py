@@ -2,28 +2,32 @@
 
 Both rewrite the same sessions of the FOLLOWING week, which neither was trained on. Seven metrics are compared, paired
 by context, with a bootstrap over queries (contexts of one query hang together). That there are seven, reward-like and
-stability ones, is reported of CoRe (arXiv 2606.14127); the statistics are our choice. "All seven improve" blocks
-nearly every good candidate, and of seven coins an unchanged one still passes with probability 2^-7. So:
+stability ones, is reported of CoRe (arXiv 2606.14127); statistics, margins and the three verdicts are our choice. "All
+seven improve" blocks nearly every good candidate, and of seven coins an unchanged one still passes with probability
+2^-7. So:
 
-- superiority on the log ratio: the one-sided 95% bound of the difference lies above 0;
-- non-inferiority on the rest: the bound of the difference stays inside its margins. Entropy, surprisal and length have
-  margins on both sides, for a rewriter that always says the same is as broken as one that babbles. Of a share that is
-  0 in the sample every resample is 0 too, so the bounds of shares are at least as wide as those of Agresti and Min
-  (2005) for paired shares, over as many pairs as there are queries.
+- "block" where harm is not excluded: the one-sided 95% bound of the difference of some metric does not stay inside its
+  margins. Entropy, surprisal and length have margins on both sides, for a rewriter that always says the same is as
+  broken as one that babbles. Of a share that is 0 in the sample every resample is 0 too, so the bounds of shares are at
+  least as wide as those of Agresti and Min (2005) for paired shares, over as many pairs as there are queries;
+- "promote" where, besides, the log ratio is superior: its bound lies above 0;
+- "hold" otherwise: harmless, and not shown to be better. The incumbent stays, and nothing is wrong.
 
-Margins that are counted from the incumbent let many small steps through that go far together: in 24 simulated weeks
-rewrites grew ever shorter and more general, and what the independent judge thinks of them fell by half. So entropy,
-surprisal and length must also stay inside the same margins of the first version that was in production
-(`Gate.since_first`); with them it went from .62 to between .44 and .53 (docs/studies).
+Margins that are counted from the incumbent let many small steps through that go far together. So entropy, surprisal and
+length must also stay inside the margins of the first version that was in production (`Gate.since_first`). A candidate
+that is nearer to the first version than the incumbent is comes back: what is outside those margins does not block it.
+Surprisal has absolute margins, for it is small where the first version is judged by a language model like itself, and
+shares of something small are passed by any change.
 
-A candidate must pass all of them, so a candidate that truly fails one passes with probability at most 5%, whatever the
-others do (an intersection-union test; nothing to correct for). Its price, clean candidates blocked, is measured:
-`detector` reports a gate as what it is.
+Blocked is a candidate that fails one criterion, so one that truly does harm passes with probability at most 5%,
+whatever the others do (an intersection-union test; nothing to correct for). Its price, clean candidates blocked, is
+measured: `core_jax.detector` reports a gate as what it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -39,13 +43,21 @@ METRICS: Mapping[str, str] = {
     "positive": "S_pos: relevance of what was clicked",
     "log_random_ratio": "log S_pos/S_rand: clicked above random",
     "entropy": "nats, of the ten most probable next tokens",
-    "surprisal": "nats a token under a frozen language model",
+    "surprisal": "nats a token under a frozen language model, end of text left out",
     "length": "tokens of a rewrite",
     "truncated": "share of rewrites cut off",
 }
-SINCE_FIRST = ", since the first version"
+SINCE_FIRST, SUPERIOR = ", since the first version", ", to be promoted"  # what else a finding is about
 SHARES = ("truncated",)  # of the metrics, those that are 0 or 1 of each context
 FLOOR = 0.02  # of a relevance, as in the reward
+
+
+class Decision(enum.StrEnum):
+    """What a gate says of a candidate."""
+
+    BLOCK = "block"  # harm is not excluded
+    HOLD = "hold"  # harmless, not shown to be better
+    PROMOTE = "promote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Measurements:
             positive, negative, random: weighted mean relevance in [0, 1], by the deployed relevance model, of the
                 clicked, skipped and random documents for the rewrite: S_pos, S_neg and S_rand of the ratio reward.
             entropy: mean over the rewrite's tokens, in nats, of the distribution over the ten most probable.
-            surprisal: mean -log p a token, in nats, under a frozen language model, the same for both rewriters.
+            surprisal: mean -log p a token, in nats, under a frozen language model, the same for all rewriters.
             length: in tokens.
             truncated: whether the rewrite reached its token limit.
             gamma, floor: as in the ratio reward.
@@ -126,34 +138,39 @@ class Criterion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gate:
-    """Criteria that must all hold. `confidence` of each one-sided bound; 0 looks at the plain differences. Fewer
-    queries than `least_queries` promote nobody. Those of `since_first` are counted from the first version, not from the
-    incumbent."""
+    """What fails one of `criteria` is blocked; what fails none and all of `superior` holds for is promoted. Those of
+    `since_first` are criteria that are counted from the first version, not from the incumbent. `confidence` of each
+    one-sided bound; 0 looks at the plain differences. Of fewer queries than `least_queries` harm is not excluded."""
 
     criteria: tuple[Criterion, ...]
+    superior: tuple[Criterion, ...] = ()
     since_first: tuple[Criterion, ...] = ()
     confidence: float = 0.95
     least_queries: int = 20
 
 
+_HARMLESS, _BETTER = Criterion("log_ratio", above=-0.05), Criterion("log_ratio", above=0.0)
 _STABILITY = (
     Criterion("entropy", above=-0.5, below=0.5, relative=True),
-    Criterion("surprisal", above=-0.5, below=0.5, relative=True),
+    Criterion("surprisal", above=-1.0, below=1.0),
     Criterion("length", above=-0.5, below=0.25, relative=True),
 )
 GATE = Gate(
     (
-        Criterion("log_ratio", above=0.0),
+        _HARMLESS,
         Criterion("positive", above=-0.02),
         Criterion("log_random_ratio", above=-0.05),
         *_STABILITY,
         Criterion("truncated", below=0.02),
     ),
+    superior=(_BETTER,),
     since_first=_STABILITY,
     least_queries=100,  # fewer cannot show that a share lies below 2%
 )
-REWARD_ONLY = Gate((Criterion("log_ratio", above=0.0),))
-# As it is told of CoRe: every point estimate goes the right way; of a rate that is 0 already, not the wrong way.
+# To be measured with the model that rewarded the candidate: what trusting the reward costs.
+REWARD_ONLY = Gate((_HARMLESS,), superior=(_BETTER,))
+# As it is told of CoRe: every point estimate goes the right way, or the candidate is blocked; nothing is on hold. Of a
+# rate that is 0 already, not the wrong way.
 ALL_SEVEN_IMPROVE = Gate(
     (
         *(Criterion(metric, above=0.0) for metric in ("log_ratio", "positive", "log_random_ratio")),
@@ -166,10 +183,11 @@ GATES: Mapping[str, Gate] = {"gate": GATE, "reward_only": REWARD_ONLY, "all_seve
 
 class Finding(NamedTuple):
     """One criterion: both figures, candidate - incumbent with its interval, the margins in the metric's unit, whether
-    it holds, and why not (empty where it holds). A metric that ends in SINCE_FIRST has the first version's figure as
-    `incumbent`."""
+    it holds, and why not (empty where it holds). `about` is empty, SUPERIOR, or SINCE_FIRST: then `incumbent` is the
+    first version's figure."""
 
     metric: str
+    about: str
     incumbent: float
     candidate: float
     difference: Figure
@@ -177,6 +195,11 @@ class Finding(NamedTuple):
     below: float
     passed: bool
     reason: str
+
+    @property
+    def name(self) -> str:
+        """The metric and what else it is about."""
+        return self.metric + self.about
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,18 +212,30 @@ class Verdict:
     too_few: str = ""
 
     @property
+    def decision(self) -> Decision:
+        if self.harm:
+            return Decision.BLOCK
+        return Decision.HOLD if self.reasons else Decision.PROMOTE
+
+    @property
     def promote(self) -> bool:
-        return not self.reasons
+        return self.decision is Decision.PROMOTE
+
+    @property
+    def harm(self) -> tuple[str, ...]:
+        """Why harm is not excluded; empty where it is."""
+        found = (finding.reason for finding in self.findings if finding.about != SUPERIOR)
+        return tuple(filter(None, (self.too_few, *found)))
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the incumbent stays; empty for a promotion."""
-        return tuple(filter(None, (self.too_few, *(finding.reason for finding in self.findings))))
+        """Why the incumbent stays: harm, or else that the candidate is not shown to be better."""
+        return self.harm or tuple(finding.reason for finding in self.findings if finding.reason)
 
     def figures(self) -> dict[str, float]:
-        """Flat, for a log: metric/incumbent, /candidate, /difference, /low, /high."""
+        """Flat, for a log: name/incumbent, /candidate, /difference, /low, /high."""
         return {
-            f"{finding.metric}/{name}": value
+            f"{finding.name}/{name}": value
             for finding in self.findings
             for name, value in (
                 ("incumbent", finding.incumbent),
@@ -237,15 +272,22 @@ def decide(
     sizes = np.bincount(cluster)
     drawn_contexts = drawn_queries @ sizes
 
-    def finding(criterion: Criterion, base: Measurements, suffix: str = "") -> Finding:
+    def comes_back(metric: str) -> bool:
+        """Whether the candidate is nearer to the first version than the incumbent is."""
+        if first is None or all(criterion.metric != metric for criterion in gate.since_first):
+            return False
+        now, then = (abs(float(np.mean(m.values[metric] - first.values[metric]))) for m in (incumbent, candidate))
+        return then < now
+
+    def finding(criterion: Criterion, base: Measurements, about: str = "") -> Finding:
         before, after = (m.values[criterion.metric] for m in (base, candidate))
-        name = criterion.metric + suffix
+        name = criterion.metric + about
         means = float(before.mean()), float(after.mean())
         if not (np.isfinite(before).all() and np.isfinite(after).all()):
             broken = int((~np.isfinite(after)).sum()), int((~np.isfinite(before)).sum())
             reason = f"{name} is no number for {broken[0]} contexts (incumbent: {broken[1]})"
             nothing = Figure(math.nan, math.nan, math.nan)
-            return Finding(name, *means, nothing, criterion.above, criterion.below, False, reason)
+            return Finding(criterion.metric, about, *means, nothing, criterion.above, criterion.below, False, reason)
         difference = float(np.mean(after - before))
         low = high = difference
         if gate.confidence:
@@ -261,10 +303,13 @@ def decide(
             reason = f"{name}: {difference:+.3g}, its lower bound {low:+.3g} must lie above {above:+.3g}"
         elif not high <= below:
             reason = f"{name}: {difference:+.3g}, its upper bound {high:+.3g} may not pass {below:+.3g}"
-        return Finding(name, *means, Figure(difference, low, high), above, below, not reason, reason)
+        if reason and comes_back(criterion.metric):
+            reason = ""
+        return Finding(criterion.metric, about, *means, Figure(difference, low, high), above, below, not reason, reason)
 
     few = len(names) < gate.least_queries
     findings = [finding(criterion, incumbent) for criterion in gate.criteria]
+    findings += [finding(criterion, incumbent, SUPERIOR) for criterion in gate.superior]
     if first is not None:
         findings += [finding(criterion, first, SINCE_FIRST) for criterion in gate.since_first]
     return Verdict(
@@ -289,70 +334,3 @@ def paired_shares(before: np.ndarray, after: np.ndarray, pairs: int, confidence:
     error = math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
     half = statistics.NormalDist().inv_cdf(confidence) * error
     return difference - half, difference + half
-
-
-class Outcome(NamedTuple):
-    """One week of a simulation: the incident planted in its candidate ("" none) and whether it was promoted."""
-
-    week: int
-    incident: str
-    promoted: bool
-
-
-class Rate(NamedTuple):
-    """A share with its 95% Wilson interval and what it is a share of. NaN of nothing."""
-
-    value: float
-    low: float
-    high: float
-    trials: int
-
-
-def rate(count: int, trials: int, z: float = 1.959964) -> Rate:
-    """count / trials with its Wilson (1927) score interval."""
-    if not trials:
-        return Rate(math.nan, math.nan, math.nan, 0)
-    share, spread = count / trials, z * z / trials
-    center = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return Rate(share, max(0.0, center - half), min(1.0, center + half), trials)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Detector:
-    """A gate as a detector of planted incidents.
-
-    Attributes:
-        false_blocks: clean weeks whose candidate was kept out.
-        detected: weeks with an incident whose candidate was kept out, of all incidents and by incident.
-        delays: of each time an incident was planted, in order: how many of its weeks were promoted before one was
-            blocked; None: none ever was.
-    """
-
-    false_blocks: Rate
-    detected: Rate
-    detected_by_incident: Mapping[str, Rate]
-    delays: Mapping[str, tuple[int | None, ...]]
-
-
-def detector(outcomes: Sequence[Outcome]) -> Detector:
-    """Report a gate's decisions over weeks. Neighbouring weeks with the same incident are one planting of it."""
-
-    def blocked(of: Sequence[Outcome]) -> Rate:
-        return rate(sum(not outcome.promoted for outcome in of), len(of))
-
-    ordered = sorted(outcomes)
-    incidents = list(dict.fromkeys(outcome.incident for outcome in ordered if outcome.incident))
-    delays: dict[str, list[int | None]] = {incident: [] for incident in incidents}
-    for incident in incidents:
-        weeks = [outcome for outcome in ordered if outcome.incident == incident]
-        starts = [i for i, outcome in enumerate(weeks) if not i or outcome.week != weeks[i - 1].week + 1]
-        for start, end in zip(starts, [*starts[1:], len(weeks)], strict=True):
-            promoted = [outcome.promoted for outcome in weeks[start:end]]
-            delays[incident].append(promoted.index(False) if False in promoted else None)
-    return Detector(
-        blocked([outcome for outcome in ordered if not outcome.incident]),
-        blocked([outcome for outcome in ordered if outcome.incident]),
-        {name: blocked([outcome for outcome in ordered if outcome.incident == name]) for name in incidents},
-        {name: tuple(found) for name, found in delays.items()},
-    )

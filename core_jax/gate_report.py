@@ -1,4 +1,4 @@
-"""The page a relevance lead reads on Monday: this week's candidate, promoted or not and why, and how to go back."""
+"""The page a relevance lead reads on Monday: this week's candidate, what was decided and why, and how to go back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
 
-from core_jax.gate import METRICS, SINCE_FIRST, Verdict
+from core_jax.gate import METRICS, Decision, Verdict
 from core_jax.search.trial import MEANINGS, Compared
 from lm_jax import report_page, report_pictures
 from lm_jax.report_pictures import Plot, Rows
 
 PASSED, BLOCKED = "#009E73", "#D55E00"
+MEANING = {
+    Decision.BLOCK: "The incumbent stays: harm is not excluded.",
+    Decision.HOLD: "The incumbent stays: the candidate is harmless and not shown to be better. Nothing is wrong.",
+    Decision.PROMOTE: "Every criterion holds.",
+}
 
 
 def write_gate_report(
@@ -55,7 +60,8 @@ def write_gate_report(
         sections.append(_effect(effect))
     if other_gates:
         rows = [
-            [html.escape(name), _word(each), html.escape("; ".join(each.reasons))] for name, each in other_gates.items()
+            [html.escape(name), each.decision, html.escape("; ".join(each.reasons))]
+            for name, each in other_gates.items()
         ]
         caption = "Beside the one that decided, on the same sessions."
         sections.append(report_page.section("Other gates", caption, report_page.table(["gate", "says", "why"], rows)))
@@ -73,7 +79,7 @@ def write_gate_report(
 def metric_rows(verdict: Verdict) -> Rows:
     """One row a criterion: difference, bounds, margins."""
     return [
-        {"metric": finding.metric, **finding.difference._asdict()}
+        {"metric": finding.name, **finding.difference._asdict()}
         | {"above": finding.above, "below": finding.below, "passed": finding.passed}
         for finding in verdict.findings
     ]
@@ -105,18 +111,14 @@ def draw_metrics(rows: Rows) -> Picture:
 
 def _decision(verdict: Verdict, back: str) -> str:
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
-    why = f"<ul>{reasons}</ul>" if reasons else "<p>Every criterion holds.</p>"
+    why = f"<p>{MEANING[verdict.decision]}</p>" + (f"<ul>{reasons}</ul>" if reasons else "")
     caption = f"On {verdict.contexts:,} contexts of {verdict.queries:,} queries that neither was trained on."
     go_back = (
         f"<p>To go back to the version before:</p><pre>{html.escape(back)}</pre>"
         "<p>Rewrites in the store belong to the version that wrote them: until that version's are written again, "
         "searches go without.</p>"
     )
-    return report_page.section(_word(verdict), caption, why + go_back)
-
-
-def _word(verdict: Verdict) -> str:
-    return "promote" if verdict.promote else "keep the incumbent"
+    return report_page.section(verdict.decision, caption, why + go_back)
 
 
 def _metrics(verdict: Verdict) -> str:
@@ -127,7 +129,7 @@ def _metrics(verdict: Verdict) -> str:
         bounds += [f"up to {finding.below:+.3g}"] if finding.below < float("inf") else []
         rows.append(
             [
-                report_page.named(finding.metric, METRICS[finding.metric.removesuffix(SINCE_FIRST)]),
+                report_page.named(finding.name, METRICS[finding.metric]),
                 f"{finding.incumbent:.3f}",
                 f"{finding.candidate:.3f}",
                 f"{finding.difference.value:+.3f}<small>{low:+.3f} to {high:+.3f}</small>",
@@ -137,8 +139,9 @@ def _metrics(verdict: Verdict) -> str:
         )
     head = ["", "incumbent", "candidate", "difference", "must lie", ""]
     caption = (
-        "Bounds are one-sided, by a bootstrap over queries; all must lie inside their margins. What is told since the "
-        "first version is compared with that one instead of the incumbent."
+        "Bounds are one-sided, by a bootstrap over queries. One outside its margins blocks; what a promotion asks for "
+        "besides only keeps the candidate on hold. What is told since the first version is compared with that one "
+        "instead of the incumbent, and what comes back towards it passes."
     )
     return report_page.section("Seven metrics", caption, report_page.table(head, rows))
 
@@ -154,6 +157,9 @@ def _effect(effect: Mapping[str, Compared]) -> str:
         ]
         for name, each in effect.items()
     ]
-    caption = "The same searches, with 95% intervals over queries, and the worst single search."
+    caption = (
+        "The same searches, with 95% intervals over queries, and the worst single search. A clip that the searcher has "
+        "just watched counts nowhere."
+    )
     head = ["", "as now", "with the candidate", "difference", "worst"]
     return report_page.section("What it would have done to search", caption, report_page.table(head, rows))

@@ -92,7 +92,8 @@ class RolloutSource:
         rewards = score_rewrites(sessions, read, self._relevance, reward)
         # A truncated rewrite is worth what the worst one as long as that may be.
         longer = max(0, self._settings.rewriter.max_new_tokens - reward.free_length) / reward.length_scale
-        worst = (np.log(reward.low) if reward.form == "ratio" else -1.0) - longer
+        lowest = np.log(reward.low) + reward.off_query * np.log(reward.floor)
+        worst = (lowest if reward.form == "ratio" else -1.0) - longer
         values_PG = np.where(np.isfinite(rewards.value), rewards.value, worst).reshape(grpo.rows, grpo.group)
         rows = []
         for place, prompt in enumerate(prompts):

@@ -2,7 +2,8 @@
 
 An incident changes what a candidate is trained on, or leaves in its weights what a longer exposure would have left
 there, so that the gate sees a model folder like any other. A length-biased relevance model is deployed, so rewards and
-search follow it; the gate measures with the model that the run began with.
+search follow it; the gate measures with the model that the run began with. Taking the length penalty away changes
+something only where it binds: `reward.free_length` must be below the length of some rewrites.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class Incident:
 
 @dataclasses.dataclass(frozen=True)
 class LengthBiased:
-    """A relevance model that likes long queries: 1 - (1 - rel) exp(-words / 12)."""
+    """A relevance model that likes long queries: rel * words / (words + 12).
+
+    The ratio pays for it: a word more lifts all documents alike, which gains through gamma (`core_jax.ratio_reward`),
+    and what was at the floor stays there, which gains through S_rand.
+    """
 
     relevance: Relevance
 
@@ -52,7 +57,7 @@ class LengthBiased:
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores float64 [N]."""
         words = np.array([len(query.split()) for query, _ in pairs], float)
-        return 1 - (1 - self.relevance(pairs)) * np.exp(-words / 12)
+        return self.relevance(pairs) * words / (words + 12)
 
 
 def _without_length_penalty(settings: RewardSettings) -> RewardSettings:

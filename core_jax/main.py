@@ -112,6 +112,7 @@ def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Pa
         make_relevance(settings)
         recipe = Recipe(settings, config, workdir)
         weekly = Weekly(recipe) if settings.weekly.weeks else None
+        _ = recipe.run  # all is checked: the folder appears, or it is said why it cannot
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     with ending_as_told(parser, NoPairs, OtherRelevance, RegistryError, ConnectionError):

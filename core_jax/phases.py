@@ -12,11 +12,11 @@ checkpoints; all else follows from them, so the phase ends with the bits it woul
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from core_jax import mpo
 from core_jax.inputs import Inputs
 from core_jax.preference_pairs import preference_pairs
 from core_jax.ratio_reward import Rewards, score_rewrites
-from core_jax.relevance import Relevance
+from core_jax.relevance import Counted, Relevance
 from core_jax.sampler import Rewrites, Sampler
 from core_jax.schema import SearchSession
 from core_jax.settings import Settings, TrainSettings
@@ -81,13 +81,13 @@ class Phase:
         collected = self.collect(parameters)
         groups = self._with_reference(parameters, collected)
         collecting = time.monotonic() - began
-        trained = self.train(parameters, groups)
+        trained, updates = self.train(parameters, groups)
         seconds = self.log.seconds(self.name)
         facts = dict(collected.figures) | {
-            "steps": self.settings.mpo.steps,
+            "steps": updates,
             "syncs": len((self._folder / "syncs").read_text()),  # one, and one more for each kill while sampling
-            # The policy that drew a pair is at most so many steps older than the one that learns from it.
-            "staleness/most_steps": self.settings.mpo.steps - 1,
+            # The policy that drew a pair is at most so many updates older than the one that learns from it last.
+            "staleness/most_steps": updates - 1,
             "seconds/training": round(seconds, 1),
             "seconds": round(collecting + seconds, 1),
         }
@@ -109,7 +109,8 @@ class Phase:
         drawn = self._draw(parameters)
         sampled = time.monotonic()
         read = [[self.inputs.format.read(tokens) for tokens in rewrites] for rewrites in drawn]
-        rewards = score_rewrites(self.sessions, read, self.relevance, self.settings.reward)
+        relevance = Counted(self.relevance)
+        rewards = score_rewrites(self.sessions, read, relevance, self.settings.reward)
         scored = time.monotonic()
         prompts = self.inputs.format.encode_prompts([session.context for session in self.sessions])
         pairs, margins = [], []
@@ -131,8 +132,8 @@ class Phase:
             "pairs": len(pairs),
             "share_in_gradient": 2 * len(pairs) / count,
             "margin": float(np.mean([margin for margin in margins if np.isfinite(margin)] or [0.0])),
-            "reward_batches": 1,
-            "relevance_pairs": self._relevance_pairs(read),
+            "reward_batches": relevance.calls,
+            "relevance_pairs": relevance.pairs,
             "tokens": sum(len(tokens) for rewrites in drawn for tokens in rewrites),
             "distinct": float(np.mean([len({t.text for t in texts}) / len(texts) for texts in read])),
             "truncated": float(np.mean([t.truncated for texts in read for t in texts])),
@@ -178,10 +179,9 @@ class Phase:
     def _reference(self) -> Path:
         return self._folder / "reference.npy"
 
-    def _relevance_pairs(self, read: Sequence[Sequence[Any]]) -> int:
-        """Query-document pairs that the reward asked for."""
-        sizes = [len(s.clicked) + len(s.skipped) + len(s.random) for s in self.sessions]
-        return sum(size * sum(t.usable for t in texts) for size, texts in zip(sizes, read, strict=True))
+    @property
+    def _paired(self) -> Path:
+        return self._folder / "reference.sha256"  # of the pairs whose log-probs are in `_reference`
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -204,8 +204,20 @@ class Phase:
         ]
 
     def _with_reference(self, parameters: Parameters, collected: Collected) -> list[Group]:
-        """The pairs as groups that carry the log-probs of the policy at the phase's start, computed once."""
+        """The pairs as groups that carry the log-probs of the policy at the phase's start, computed once.
+
+        Raises:
+            ValueError: what is on disk was computed for other pairs.
+        """
+        pairs = json.dumps([[tokens.tolist() for tokens in pair] for pair in collected.pairs])
+        digest = hashlib.sha256(pairs.encode()).hexdigest()
+        if self._reference.exists() and self._paired.read_text() != digest:
+            raise ValueError(
+                f"{self._reference} holds log-probs of other pairs than those collected now; without "
+                f"stages/{self.name} and checkpoints/{self.name} the phase begins again"
+            )
         if not self._reference.exists():
+            write_atomically(self._paired, digest)
             found = reference_logprobs(
                 parameters, self.inputs, self._groups(collected.pairs), self._shape, self.settings
             )
@@ -214,8 +226,8 @@ class Phase:
             self._reference.with_suffix(".tmp").replace(self._reference)
         return self._groups(collected.pairs, np.load(self._reference))
 
-    def train(self, parameters: Parameters, groups: Sequence[Group]) -> Parameters:
-        """The policy after `mpo.steps` steps on the pairs."""
+    def train(self, parameters: Parameters, groups: Sequence[Group]) -> tuple[Parameters, int]:
+        """The policy after `mpo.steps` steps on the pairs, and how many updates its train state counted."""
         settings = self.settings.mpo
         transformation = make_optimizer(self.inputs.shape, settings, settings.steps)
         parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them, the caller's stay
@@ -239,7 +251,7 @@ class Phase:
             save_every=settings.save_every,
             mesh=self.inputs.mesh,
         )  # fmt: skip
-        return lora.merge(state.parameters, config=self.inputs.shape)
+        return lora.merge(state.parameters, config=self.inputs.shape), int(state.step)
 
 
 def reference_logprobs(

@@ -6,15 +6,25 @@ reported of it; the defaults are ours),
     rel(q', d)   in (0, 1) from the deployed relevance model, at least `floor`
     S_pos        click-weighted mean of rel(q', d) over strictly clicked documents
     S_neg        no-action-weighted mean over skipped documents,    S_rand   mean over random documents
-    r            = clip( S_pos^(1 + gamma) / S_neg * (S_pos / S_rand)^alpha, low, high ) * h(length) * (1 - truncated)
+    S_off        mean over random documents, each weighted by 1 - rel(q, d), for the query q as typed
+    ratio        = S_pos^(1 + gamma) / S_neg * (S_pos / S_rand)^alpha
+    r            = clip(ratio, low, high) * (S_pos / S_off)^off_query * h(length) * (1 - truncated)
     h(length)    = 1 up to `free_length` tokens, then exp(-(length - free_length) / length_scale)
 
 What is optimized is the *value* log r. It is the margin that a finerank gains which multiplies by the relevance ratio.
-Halving every rel leaves r unchanged iff gamma = 0; adding a constant to every rel lowers it; a rewrite that lifts all
-documents alike gains through gamma alone; S_neg -> 0 cannot pass the clip.
+With off_query = 0: halving every rel leaves r unchanged iff gamma = 0; adding a small constant to every rel lowers r
+iff (1 + gamma + alpha) / S_pos < 1 / S_neg + alpha / S_rand; a rewrite that lifts all documents alike gains through
+gamma alone. S_neg -> 0 cannot pass the clip.
 
-Arms: `form` "difference" has the value S_pos - S_neg + log h; alpha = 0 drops S_rand; gamma = 0 the level. A proxy is
-another `Relevance`, such as `core_jax.relevance.BM25Relevance`. The true intent of a searcher is nowhere here.
+The off-query term is ours. Clicked and skipped results alike meet the words typed, and most random documents miss even
+the subject: nothing else here charges a rewrite for dropping what was typed, while what it adds is a guess, so a policy
+learns to say less (`benchmarks/reward_audit.py`). S_off does: it is what a rewrite lets in that the query as typed
+keeps out. It sees what is dropped only where some random documents are near the subject. It stands outside the clip,
+inside which there would be less to gain for what is added; the floor alone bounds it.
+
+Arms: `form` "difference" has the value S_pos - S_neg + log h; alpha = 0 drops S_rand; gamma = 0 the level;
+off_query = 0 the off-query term, then the query as typed is not asked and S_off is S_rand. A proxy is another
+`Relevance`, such as `core_jax.relevance.BM25Relevance`. The true intent of a searcher is nowhere here.
 """
 
 from __future__ import annotations
@@ -24,7 +34,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from core_jax.relevance import Relevance
+from afrl_jax.answer_format import one_line
+from afrl_jax.schema import Document
+from core_jax.relevance import Pair, Relevance
 from core_jax.schema import SearchSession, Shown
 
 FORMS = ("ratio", "difference")
@@ -37,6 +49,7 @@ class RewardSettings:
     form: str = "ratio"
     gamma: float = 0.5
     alpha: float = 0.5
+    off_query: float = 0.0
     floor: float = 0.02
     low: float = 0.1
     high: float = 10.0
@@ -67,6 +80,7 @@ class Rewards:
     s_pos: np.ndarray
     s_neg: np.ndarray
     s_rand: np.ndarray
+    s_off: np.ndarray
     length_factor: np.ndarray
     clipped: np.ndarray  # bool: the ratio lay outside [low, high]
 
@@ -77,7 +91,7 @@ class Rewards:
         """What is logged of many rewrites: every factor's mean, the share at the clip, the share without reward."""
         finite = np.isfinite(self.value)
         mean_value = float(self.value[finite].mean()) if finite.any() else 0.0
-        factors = ("s_pos", "s_neg", "s_rand", "length_factor")
+        factors = ("s_pos", "s_neg", "s_rand", "s_off", "length_factor")
         return {
             "reward": float(self.reward.mean()),
             "reward/log": mean_value,
@@ -98,34 +112,41 @@ def score_rewrites(
     Raises:
         ValueError: a session without clicks, skips or random documents of any weight, by its id.
     """
-    pairs, bounds = [], [0]
+    pairs: list[Pair] = []
+
+    def ask(text: str, documents: Sequence[Document]) -> slice:
+        pairs.extend((text, document) for document in documents)
+        return slice(len(pairs) - len(documents), len(pairs))
+
+    asked = []
     for session, texts in zip(sessions, rewrites, strict=True):
         if not session.has_contrast:
             raise ValueError(f"session {session.session_id!r} lacks clicked, skipped or random documents")
         documents = [shown.document for shown in (*session.clicked, *session.skipped)] + list(session.random)
-        for rewrite in texts:
-            pairs += [(rewrite.text, document) for document in documents] if rewrite.usable else []
-            bounds.append(len(pairs))
+        typed = ask(one_line(session.context.query), session.random if settings.off_query else ())
+        asked.append((typed, [ask(each.text, documents) if each.usable else None for each in texts]))
     found = relevance(pairs) if pairs else np.zeros(0)
-    levels, flat, start = [], [], iter(range(len(bounds)))
-    for session, texts in zip(sessions, rewrites, strict=True):
-        weights = _mean_weights(session)
-        for rewrite in texts:
-            place = next(start)
-            rel = np.maximum(found[bounds[place] : bounds[place + 1]], settings.floor)
-            levels.append(weights @ rel if rewrite.usable else np.full(3, settings.floor))
-            flat.append(rewrite)
-    return rewards_of(np.reshape(levels, (-1, 3)), flat, settings)
+    levels = []
+    for session, (typed, places) in zip(sessions, asked, strict=True):
+        weights = _mean_weights(session, np.maximum(1 - found[typed], settings.floor))
+        for place in places:
+            rel = None if place is None else np.maximum(found[place], settings.floor)
+            levels.append(np.full(4, settings.floor) if rel is None else weights @ rel)
+    return rewards_of(np.reshape(levels, (-1, 4)), [each for texts in rewrites for each in texts], settings)
 
 
-def _mean_weights(session: SearchSession) -> np.ndarray:
-    """[3, D]: the weights of the means S_pos, S_neg, S_rand over clicked, skipped and random documents in a row."""
+def _mean_weights(session: SearchSession, excluded: np.ndarray) -> np.ndarray:
+    """[4, D]: the weights of the means S_pos, S_neg, S_rand, S_off over clicked, skipped and random documents in a row.
+    `excluded`: of the random documents, 1 - rel(q, d); empty where the query as typed was not asked."""
     parts = [_weights(session.clicked), _weights(session.skipped), np.ones(len(session.random))]
-    weights = np.zeros((3, sum(map(len, parts))))
+    weights = np.zeros((4, sum(map(len, parts))))
     end = 0
-    for row, part in zip(weights, parts, strict=True):
+    for row, part in zip(weights[:3], parts, strict=True):
         row[end : end + len(part)] = part / part.sum()
         end += len(part)
+    weights[3] = weights[2]
+    if len(excluded):
+        weights[3, -len(excluded) :] = excluded / excluded.sum()
     return weights
 
 
@@ -134,8 +155,8 @@ def _weights(shown: Sequence[Shown]) -> np.ndarray:
 
 
 def rewards_of(levels: np.ndarray, rewrites: Sequence[Rewrite], settings: RewardSettings) -> Rewards:
-    """Rewards from the levels [N, 3] = (S_pos, S_neg, S_rand) of N rewrites: the formula alone."""
-    s_pos, s_neg, s_rand = levels.T
+    """Rewards from the levels [N, 4] = (S_pos, S_neg, S_rand, S_off) of N rewrites: the formula alone."""
+    s_pos, s_neg, s_rand, s_off = levels.T
     length = np.array([rewrite.length for rewrite in rewrites], float)
     usable = np.array([rewrite.usable for rewrite in rewrites], bool)
     factor = np.exp(-np.maximum(0.0, length - settings.free_length) / settings.length_scale)
@@ -145,10 +166,10 @@ def rewards_of(levels: np.ndarray, rewrites: Sequence[Rewrite], settings: Reward
     else:
         ratio = s_pos ** (1 + settings.gamma) / s_neg * (s_pos / s_rand) ** settings.alpha
         clipped = usable & ((ratio < settings.low) | (ratio > settings.high))
-        reward = np.clip(ratio, settings.low, settings.high) * factor
+        reward = np.clip(ratio, settings.low, settings.high) * (s_pos / s_off) ** settings.off_query * factor
         value = np.log(reward)
     value = np.where(usable, value, -np.inf)
-    return Rewards(value, np.where(usable, reward, 0.0), s_pos, s_neg, s_rand, factor, clipped)
+    return Rewards(value, np.where(usable, reward, 0.0), s_pos, s_neg, s_rand, s_off, factor, clipped)
 
 
 def check(settings: RewardSettings) -> Mapping[str, str]:
@@ -159,6 +180,7 @@ def check(settings: RewardSettings) -> Mapping[str, str]:
         "floor": not 0 < settings.floor < 1 and "must lie between 0 and 1",
         "gamma": settings.gamma < 0 and "must be at least 0",
         "alpha": settings.alpha < 0 and "must be at least 0",
+        "off_query": settings.off_query < 0 and "must be at least 0",
         "free_length": settings.free_length < 0 and "must be at least 0",
         "length_scale": settings.length_scale <= 0 and "must be above 0",
     }

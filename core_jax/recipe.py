@@ -44,7 +44,7 @@ class OtherRelevance(RuntimeError):
 
 
 class Recipe:
-    """One run of one config in one folder. Making it checks config and data; only then does the folder appear.
+    """One run of one config in one folder. Making it checks config and data; the folder appears when it runs.
 
     Raises:
         ValueError, OSError: as `read_settings`, `open_inputs` and `RunFolder` say.
@@ -54,8 +54,13 @@ class Recipe:
         refuse_other_config(workdir, config)
         self.settings, self.config = settings, config
         self.inputs = open_inputs(settings)
-        self.run = RunFolder(workdir, config)
+        self._workdir = workdir
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
+
+    @functools.cached_property
+    def run(self) -> RunFolder:
+        """The run's folder, which appears when it is first asked for: others may check more of the config before."""
+        return RunFolder(self._workdir, self.config)
 
     @property
     def stages(self) -> list[str]:

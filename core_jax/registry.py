@@ -7,9 +7,11 @@
   python -m core_jax.registry --registry=DIR verify [VERSION]     content and golden self-test, of production by default
 
 In the folder: versions/<digest of the content>/, `production`, a symbolic link to one of them that programs read like a
-folder, and audit.jsonl, a line a move, each carrying the digest of the line before. A move first writes its line, then
-changes the link by one atomic rename. So whatever instant a process is killed at, the link names a complete version;
-where a kill came between the two, the next command adds a line that says so. Moves wait for each other (flock).
+folder, and audit.jsonl, a line a move, each carrying the digest of the line before; `head` has the digest of a line up
+to which the log must reach: the last one, or the one before where a kill came in between. A move first writes its line,
+then changes the link by one atomic rename. So whatever instant a process is killed at, the link names a complete
+version; where a kill came between the two, the next command adds a line that says so. Moves wait for each other
+(flock).
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Registry:
     ):
         self.folder, self._self_test, self._clock = Path(folder), self_test, clock
         self._versions, self._link, self._audit = (self.folder / n for n in ("versions", "production", "audit.jsonl"))
+        self._head = self.folder / "head"
         self._versions.mkdir(parents=True, exist_ok=True)
 
     def production(self) -> str | None:
@@ -86,15 +89,14 @@ class Registry:
             shutil.copytree(source, partial)
             version = content_digest(partial)
             held = self._versions / version
-            if held.exists() and content_digest(held) == version:
-                shutil.rmtree(partial)
-            else:
-                for path in (*partial.rglob("*"), partial):
-                    _flush(path)
-                if held.exists():  # damaged since: the copy takes its place
-                    held.rename(self._versions / ".partial-damaged")
+            for path in (*partial.rglob("*"), partial):
+                _flush(path)
+            if not held.exists():
                 partial.rename(held)
                 _flush(self._versions)
+            elif content_digest(held) != version:
+                _mend(held, partial)
+            shutil.rmtree(partial, ignore_errors=True)
             if not any(record["action"] == "publish" and record["to"] == version for record in self.history()):
                 self._record("publish", who, why, None, version, figures)
             return version
@@ -159,9 +161,10 @@ class Registry:
         """The log, oldest first: time, action, who, why, from, to, figures. A last line that a kill cut short is none.
 
         Raises:
-            RegistryError: a line that is not the last was changed or taken out, or one is no record, by its number.
+            RegistryError: a line was changed or taken out, or one is no record, by its number.
         """
-        records, before = [], ""
+        head = self._head.read_text().strip() if self._head.exists() else ""  # before the log, which may grow meanwhile
+        records, before, reached = [], "", not head
         for number, line in enumerate(self._lines(), start=1):
             try:
                 record = json.loads(line)
@@ -172,6 +175,11 @@ class Registry:
                 raise RegistryError(f"{self._audit}:{number}: the line before it is not the one it was written after")
             records.append(record)
             before = hashlib.sha256(line).hexdigest()
+            reached |= before == head
+        if not reached:
+            raise RegistryError(
+                f"{self._audit}:{len(records)}: the log ends here, before the line that {self._head} names"
+            )
         return records
 
     @contextlib.contextmanager
@@ -237,9 +245,30 @@ class Registry:
         }
         with self._audit.open("ab") as file:
             file.truncate(sum(map(len, lines)))  # of a line that a kill cut short
-            file.write(json.dumps(record).encode() + b"\n")
+            file.write(line := json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        temporary = self.folder / ".head"
+        temporary.write_text(hashlib.sha256(line).hexdigest() + "\n")
+        _flush(temporary)
+        temporary.replace(self._head)
+
+
+def _mend(damaged: Path, whole: Path) -> None:
+    """Give a folder the files of another, each by one rename: at no instant is it gone, or worse than it was."""
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    for path in sorted(damaged.rglob("*"), reverse=True):  # what is inside a folder before the folder
+        name = path.relative_to(damaged)
+        if path.is_dir() and not path.is_symlink():
+            if not any(file.is_relative_to(name) and file != name for file in files):
+                path.rmdir()
+        elif name not in files:
+            path.unlink()
+    for name in sorted(files):
+        (damaged / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).replace(damaged / name)
+    for path in (*damaged.rglob("*"), damaged):
+        _flush(path)
 
 
 def content_digest(folder: Path) -> str:

@@ -34,6 +34,20 @@ class Relevance(Protocol):
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray: ...
 
 
+class Counted:
+    """A relevance, and how often it was asked for how many pairs: `calls`, `pairs`."""
+
+    def __init__(self, relevance: Relevance):
+        self.version, self._relevance = relevance.version, relevance
+        self.calls = self.pairs = 0
+
+    def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Scores float64 [N]."""
+        self.calls += 1
+        self.pairs += len(pairs)
+        return self._relevance(pairs)
+
+
 class DeployedRelevance:
     """A frozen relevance model; every (version, query, document) is scored once and kept.
 

@@ -33,7 +33,7 @@ COSTS = {
     "seconds/scoring": "s scoring",
     "seconds/training": "s training",
 }
-REWARD = ("improvement_rate", "log_gain", "s_pos", "s_neg", "s_rand")
+REWARD = ("improvement_rate", "log_gain", "s_pos", "s_neg", "s_rand", "s_off")
 TRUTH = ("judge", "judge_gain")
 DEGENERACY = ("identity", "copies_title", "distinct", "truncated", "length", "entropy")
 EXAMPLES = 12

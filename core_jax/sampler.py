@@ -6,6 +6,7 @@ Rewrites are drawn at temperature 1 over the whole vocabulary, as the losses ass
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shlex
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 
 from core_jax.rewrite_format import RewriteFormat
 from core_jax.schema import Context
+from lm_jax import run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.sample import Samples, sample
@@ -105,6 +107,10 @@ class InProcess:
         return sample(parameters, *inputs, key, group=group, temperature=temperature, **self._fixed)
 
 
+class _Refused(ConnectionError):
+    """The server does not take such a request."""
+
+
 class Server:
     """Samples through `/v1/completions` of a server that speaks OpenAI's protocol (vLLM, `transformers serve`, ...).
 
@@ -112,6 +118,10 @@ class Server:
     every request names the folder as its model, which servers that load models by name understand. A request draws one
     rewrite (not every server knows `n`), `parallel` run at a time, each with a seed of its own. Servers heed seeds more
     or less, so two runs may differ; a resumed run does not, it reads what was drawn.
+
+    A prompt travels as token ids, which are what the losses are taken of. A server that refuses ids with status 400 or
+    422 (`transformers serve`) gets text from then on, which is told: it may put a token of its own before it, and reads
+    what looks like a special token in a query as one.
 
     Args:
         url: up to and without "/v1".
@@ -142,6 +152,7 @@ class Server:
         self._format, self._url, self._folder, self._export = format, url.rstrip("/"), folder, export
         self._max_new_tokens, self._reload, self._named = max_new_tokens, reload, model
         self._parallel, self._patience, self._model = parallel, patience, ""
+        self._takes_ids = True  # until it refuses them
 
     def sync(self, parameters: Parameters, name: str) -> None:
         """Export the policy and have the server load it."""
@@ -157,8 +168,7 @@ class Server:
 
     def sample(self, contexts: Sequence[Context], numbers: Sequence[int], seed: int, group: int) -> Rewrites:
         """`group` rewrites of each context."""
-
-        prompts = [self._format.tokenizer.decode(tokens) for tokens in self._format.encode_prompts(contexts)]
+        prompts = self._format.encode_prompts(contexts)
 
         def one(place: int) -> np.ndarray:
             of_context, draw = divmod(place, group)
@@ -169,12 +179,23 @@ class Server:
             drawn = list(pool.map(one, range(len(contexts) * group)))
         return [drawn[start : start + group] for start in range(0, len(drawn), group)]
 
-    def _complete(self, prompt: str, seed: int) -> np.ndarray:
-        answer = self._post(
-            "/v1/completions",
-            {"model": self._model, "prompt": prompt, "max_tokens": self._max_new_tokens, "temperature": 1.0,
-             "top_p": 1.0, "seed": seed},
-        )  # fmt: skip
+    def _complete(self, prompt: np.ndarray, seed: int) -> np.ndarray:
+        asked = {
+            "model": self._model,
+            "max_tokens": self._max_new_tokens,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "seed": seed,
+        }
+        answer = None
+        if self._takes_ids:
+            with contextlib.suppress(_Refused):
+                answer = self._post("/v1/completions", asked | {"prompt": prompt.tolist()})
+        if answer is None:
+            answer = self._post("/v1/completions", asked | {"prompt": self._format.tokenizer.decode(prompt)})
+            if self._takes_ids:  # it is the ids that were refused
+                self._takes_ids = False
+                run_log.say(f"{self._url} takes no token ids: prompts are sent as text, which it may read otherwise")
         try:
             choice = answer["choices"][0]
             text, ended = str(choice["text"]), choice["finish_reason"] == "stop"
@@ -204,6 +225,7 @@ class Server:
             with urllib.request.urlopen(request, timeout=self._patience) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
-            raise ConnectionError(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from error
+            kind = _Refused if error.code in (400, 422) else ConnectionError
+            raise kind(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConnectionError(f"{self._url}{path}: {error}") from error

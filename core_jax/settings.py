@@ -18,6 +18,7 @@ from core_jax import ratio_reward
 from core_jax.incidents import INCIDENTS
 from core_jax.mpo import DELTAS, NORMALIZATIONS
 from core_jax.ratio_reward import RewardSettings
+from core_jax.search.rewrite_store import is_server
 from kernels import implementation
 from lm_jax.decoder import REMAT
 from lm_jax.lora import TARGETS as LORA_TARGETS
@@ -129,6 +130,8 @@ class WeeklySettings:
     incident_steps: int = 60  # of learning what an incident says
     searches: int = 50  # of the week after, for what a candidate does to search; 0: not tried
     resamples: int = 2000
+    store: str = ""  # where rewrites are written, as `rewrite_store.open_backend` takes it; "": a file in the workdir
+    unsafe: str = ""  # a file of words, a line each, that no rewrite in the store may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +200,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError("weekly.weeks: weeks learn in phases, and arm 'grpo' has none: set weekly.weeks to 0")
     if settings.weekly.weeks and settings.data[settings.sessions].get("format") != "clips":
         raise ValueError(f"weekly.weeks: only the built-in world goes on, and data.{settings.sessions} is not of it")
+    try:
+        is_server(settings.weekly.store)
+    except ValueError as error:
+        raise ValueError(f"weekly.store: {error}") from error
     for week, incident in settings.weekly.incidents.items():
         one_of(f"weekly.incidents.{week}", incident, INCIDENTS)
         first = settings.weekly.first_week

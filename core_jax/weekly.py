@@ -1,29 +1,27 @@
 """Weekly redeploys, simulated: train on a week, judge on the next, promote or keep, write the rewrites to the store.
 
-    a week's sessions --one phase from the last PROMOTED version--> candidate --gate on the next week--> promote | keep
+    a week's sessions --one phase from the last PROMOTED version--> candidate --gate on the next week--> verdict
 
 The world drifts from week to week, and incidents are planted in the weeks that the config names. What the gate decides
 is what happens; what other gates would have said of the same candidates, and what the independent judge sees, which no
 gate may, stands beside every verdict. The gate measures with the relevance model that the run began with: one that
-measures with the model that rewarded a candidate cannot see that model's own bias. A finished week is skipped; a killed
-one is done again and ends the same.
+measures with the model that rewarded a candidate cannot see that model's own bias. "reward_only" does, as a gate that
+trusts the reward would. A finished week is skipped; a killed one is done again and ends the same. Whoever moves
+production by hand meanwhile is obeyed: a promotion that was rolled back is not made again, and a week whose incumbent
+is in production no longer begins anew, from what is.
 
 In the run's folder: registry/ (core_jax.registry), weeks/<number>/report.html, weeks/report.html (the gates as
-detectors), rewrites.sqlite and rewrites.key (the store that core_jax.serve reads).
+detectors), rewrites.sqlite and rewrites.key (the store that core_jax.serve reads; `weekly.store` names another one).
+The built-in world goes on by itself; for a log of your own `python -m core_jax.fill_store --help` fills a store.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
-import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +37,7 @@ from core_jax.incidents import INCIDENTS, Incident
 from core_jax.inputs import Inputs, Sessions, check_rows, example_groups, open_sessions, padded
 from core_jax.phases import NoPairs, Phase
 from core_jax.recipe import GOLDEN, START, Recipe, make_sampler
-from core_jax.registry import Registry, golden_self_test
+from core_jax.registry import MOVES, Registry, golden_self_test
 from core_jax.relevance import Relevance
 from core_jax.rewriter import Rewriter
 from core_jax.sampler import Sampler
@@ -47,7 +45,7 @@ from core_jax.schema import Context
 from core_jax.search.engine import Engine
 from core_jax.search.rawrank import LightRanker
 from core_jax.search.recall import LexicalRecall
-from core_jax.search.rewrite_store import RewriteStore, SQLite
+from core_jax.search.rewrite_store import RewriteStore, open_backend, read_refusals, read_secret
 from core_jax.search.stages import Stages
 from core_jax.search.trial import Compared, Trial, compare
 from core_jax.session_reader import RewriteExample
@@ -57,6 +55,7 @@ from lm_jax.weights import read_weights
 
 WHO = "weekly redeploy"
 STORE, KEY, REGISTRY = "rewrites.sqlite", "rewrites.key", "registry"
+STORE_TIMEOUT = 30.0  # seconds; nobody waits who searches
 EXAMPLES = 12
 
 
@@ -64,13 +63,15 @@ class Weekly:
     """The weeks after a run: its rewriter is the first version in production."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.settings, self.run = recipe, recipe.settings, recipe.run
-        self.registry = Registry(self.run.path / REGISTRY, functools.partial(golden_self_test, mesh=recipe.inputs.mesh))
+        self.recipe, self.settings = recipe, recipe.settings
         weekly = self.settings.weekly
         self.numbers = range(weekly.first_week, weekly.first_week + weekly.weeks)
         self.training = {week: self._open("train", week, weekly.sessions) for week in self.numbers}
         self.following = {week: self._open("dev", week + 1, weekly.held_out) for week in self.numbers}
         self.inputs = _fitting(recipe, [*self.training.values(), *self.following.values()])
+        self.refusals = read_refusals(weekly.unsafe)
+        self.run = recipe.run  # all is checked: the folder may appear
+        self.registry = Registry(self.run.path / REGISTRY, functools.partial(golden_self_test, mesh=recipe.inputs.mesh))
 
     def __call__(self) -> dict[str, float]:
         """Run the weeks that are not finished; returns the figures of weeks/metrics.json."""
@@ -79,7 +80,7 @@ class Weekly:
         for number in self.numbers:
             facts = self.run.once(f"week{number}", lambda: self._week(number, weeks))  # noqa: B023
             weeks.append(facts)
-            run_log.say(f"week {number}{facts['incident'] and ', ' + facts['incident']}: {facts['decision']}")
+            run_log.say(f"week {number}{facts['incident'] and ', ' + facts['incident']}: {facts['decisions']['gate']}")
         return weekly_report.write(self.run.path / "weeks", weeks)
 
     def _open(self, split: str, week: int, count: int) -> Sessions:
@@ -95,8 +96,35 @@ class Weekly:
     # --- one week --------------------------------------------------------------------------------------------------
 
     def _week(self, number: int, weeks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        # Of the registry, not of the week before: somebody may have rolled back since.
-        incumbent = self.run.once(f"week{number}.incumbent", lambda: {"version": self.registry.production()})["version"]
+        while (facts := self._attempt(number, weeks)) is None:
+            run_log.say(f"week {number}: somebody has moved production, so the week begins again from there")
+            for stage in (f"week{number}.candidate", f"week{number}.incumbent"):
+                shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+                shutil.rmtree(self.run.path / "stages" / stage, ignore_errors=True)
+        return facts
+
+    def _standing(self, number: int, began: Mapping[str, Any]) -> str:
+        """What became of production since the week began: "incumbent" - it is there, and this week has not moved it, or
+        was killed between log and link -, "promoted" or "rolled back", this week's candidate; "moved", by others."""
+        moves = [record for record in self.registry.history()[began["records"] :] if record["action"] in MOVES]
+        own = [place for place, move in enumerate(moves) if (move["who"], move["why"]) == (WHO, _reason(number))]
+        later = [move["action"] for move in moves[own[-1] + 1 :] if move["action"] != "recovered"] if own else []
+        if "rollback" in later:
+            return "rolled back"
+        if self.registry.production() == began["version"] and not later:
+            return "incumbent"
+        return "promoted" if own else "moved"
+
+    def _attempt(self, number: int, weeks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """The week's facts; None where its incumbent is in production no longer."""
+        began = self.run.once(
+            f"week{number}.incumbent",
+            # Of the registry, not of the week before: somebody may have rolled back since.
+            lambda: {"version": self.registry.production(), "records": len(self.registry.history())},
+        )
+        if self._standing(number, began) == "moved":
+            return None
+        incumbent = began["version"]
         name = self.settings.weekly.incidents.get(f"week{number}", "")
         incident = INCIDENTS[name] if name else Incident("")
         wronged = incident.relevance or (lambda relevance: relevance)
@@ -108,33 +136,41 @@ class Weekly:
         trusted = self.recipe.deployed
         evaluated = [evaluate(rewriter, following, trusted, self.settings.reward) for rewriter in (before, after)]
         measured = [self._measurements(following.contexts, each) for each in evaluated]
+        rewarded = measured
+        if incident.relevance:
+            asked = wronged(trusted)
+            again = [evaluate(rewriter, following, asked, self.settings.reward) for rewriter in (before, after)]
+            rewarded = [self._measurements(following.contexts, each) for each in again]
         first = measured[0]
         if incumbent != (version := self._first_version()):
             found = evaluate(self._version(version), following, trusted, self.settings.reward)
             first = self._measurements(following.contexts, found)
+        options = {"first": first, "seed": self.settings.seed, "resamples": self.settings.weekly.resamples}
         verdicts = {
-            gate_name: gate.decide(
-                *measured, of_gate, first=first, seed=self.settings.seed, resamples=self.settings.weekly.resamples
-            )
+            gate_name: gate.decide(*(rewarded if of_gate is gate.REWARD_ONLY else measured), of_gate, **options)
             for gate_name, of_gate in GATES.items()
         }
         verdict = verdicts["gate"]
         version = self._publish(number, after)
-        if verdict.promote and self.registry.production() != version:
-            why = f"week {number}: passes the gate"
-            self.registry.promote(version, who=WHO, why=why, figures=verdict.figures(), instead_of=incumbent)
-        production = version if verdict.promote else incumbent
-        self._write_store(production, following, evaluated[1 if verdict.promote else 0])
+        if (standing := self._standing(number, began)) == "moved":
+            return None
+        if verdict.promote and standing == "incumbent":
+            self.registry.promote(
+                version, who=WHO, why=_reason(number), figures=verdict.figures(), instead_of=incumbent
+            )
+        production = self.registry.production()
+        if production in (incumbent, version):  # of another, moved there by hand, no rewrites are at hand
+            self._write_store(production, following, evaluated[int(production == version)])
         judged = [float(np.mean(each.values["judge"])) for each in evaluated]
         facts = {
             "week": number,
             "incident": name,
-            "decision": "promoted" if verdict.promote else "kept the incumbent",
             "reasons": list(verdict.reasons),
             "incumbent": incumbent,
             "candidate": version,
             "production": production,
-            "promoted": {gate_name: each.promote for gate_name, each in verdicts.items()},
+            "decisions": {gate_name: each.decision for gate_name, each in verdicts.items()},
+            "rolled_back": standing == "rolled back",
             "figures": verdict.figures(),
             "judge": {"incumbent": judged[0], "candidate": judged[1]},
             "improvement_rate": float(np.mean(evaluated[1].values["improvement_rate"])),
@@ -183,7 +219,7 @@ class Weekly:
 
     def _measurements(self, contexts: Sequence[Context], evaluated: Evaluated) -> Measurements:
         """The seven metrics of what `evaluate` found, surprisal under the frozen rewriter of the supervised start."""
-        said = [self.inputs.format.encode_rewrite(text) for text in evaluated.rewrites]
+        said = [self.inputs.format.encode_rewrite(text, ended=False) for text in evaluated.rewrites]
         values = evaluated.values
         return Measurements.of(
             [context.key for context in contexts],
@@ -226,7 +262,7 @@ class Weekly:
             return None
         trial = Trial.of(following.truth[:count], following.truth[count:])
         stages = Stages(LexicalRecall(trial.documents), LightRanker(trial.documents), relevance)
-        engine, contexts = Engine(stages), following.contexts
+        engine, contexts = Engine(stages, refusals=self.refusals), following.contexts
         found = [
             trial.measure(lambda number, each=each: engine.search(contexts[number], rewrite=each[number]))
             for each in map(_usable, evaluated)
@@ -257,7 +293,9 @@ class Weekly:
         return version
 
     def _write_store(self, version: str, following: Sessions, evaluated: Evaluated) -> None:
-        store = RewriteStore(SQLite(self.run.path / STORE), read_secret(self.run.path / KEY))
+        address = self.settings.weekly.store or str(self.run.path / STORE)
+        backend = open_backend(address, timeout=STORE_TIMEOUT)
+        store = RewriteStore(backend, read_secret(self.run.path / KEY), refusals=self.refusals)
         keys = [context.key for context in following.contexts]
         found = zip(keys, _usable(evaluated), strict=True)
         counts = store.write(version, [(key, rewrite) for key, rewrite in found if rewrite is not None])
@@ -277,7 +315,7 @@ class Weekly:
         write_gate_report(
             self.run.path / "weeks" / str(number),
             verdicts["gate"],
-            title=f"Week {number}: {facts['decision']}",
+            title=f"Week {number}: {verdicts['gate'].decision}{', rolled back' if facts['rolled_back'] else ''}",
             back=f"python -m core_jax.registry --registry={shlex.quote(str(self.registry.folder))} rollback "
             f'--why="what week {number} left in production is taken back"',
             facts={
@@ -302,21 +340,14 @@ class Weekly:
         )
 
 
+def _reason(number: int) -> str:
+    return f"week {number}: passes the gate"
+
+
 def _usable(evaluated: Evaluated) -> list[str | None]:
     """The rewrites; None where one was cut off or says nothing."""
     cut = evaluated.values["truncated"].tolist()
     return [text if text and not of else None for text, of in zip(evaluated.rewrites, cut, strict=True)]
-
-
-def read_secret(file: Path) -> bytes:
-    """The secret that seals a run's rewrites, made by the first who asks, readable by its owner alone."""
-    if not file.exists():
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as written:  # nobody else reads it
-            written.write(secrets.token_bytes(32))
-            written.flush()
-            with contextlib.suppress(FileExistsError):  # made meanwhile: that one counts
-                os.link(written.name, file)
-    return file.read_bytes()
 
 
 def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:

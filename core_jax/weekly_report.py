@@ -12,7 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
 
-from core_jax.gate import GATES, Detector, Outcome, Rate, detector
+from core_jax.detector import Detector, Outcome, Rate, detector
+from core_jax.gate import GATES, Decision
 from core_jax.incidents import INCIDENTS
 from lm_jax import report_page, report_pictures
 from lm_jax.report_pictures import Plot, Rows
@@ -23,7 +24,7 @@ Week = Mapping[str, Any]  # what core_jax.weekly leaves of one
 def detectors(weeks: Sequence[Week]) -> dict[str, Detector]:
     """Each gate's decisions about the same candidates. Which of them came to be, the gate that decided has shaped."""
     return {
-        name: detector([Outcome(week["week"], week["incident"], week["promoted"][name]) for week in weeks])
+        name: detector([Outcome(week["week"], week["incident"], week["decisions"][name]) for week in weeks])
         for name in GATES
     }
 
@@ -34,7 +35,7 @@ def week_rows(weeks: Sequence[Week]) -> Rows:
         {
             "week": week["week"],
             "incident": week["incident"] or "–",
-            "decision": week["decision"],
+            "decision": week["decisions"]["gate"] + (", rolled back" if week.get("rolled_back") else ""),
             "log_ratio": f"{week['figures']['log_ratio/difference']:+.3f}",
             "judge": f"{week['judge']['candidate'] - week['judge']['incumbent']:+.3f}",
             "improves on the query": f"{week['improvement_rate']:.1%}",
@@ -52,17 +53,17 @@ def write(folder: Path, weeks: Sequence[Week]) -> dict[str, float]:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     rows = [
         {"week": week["week"], "incident": week["incident"], "who": who, "judge": week["judge"][who]}
-        | {"promoted": week["promoted"]["gate"]}
+        | {"decision": week["decisions"]["gate"], "rolled_back": week.get("rolled_back", False)}
         for week in weeks
         for who in ("incumbent", "candidate")
     ]
     caption = "F1 of what a rewrite says against what the searcher meant, which no gate may see."
     plot = Plot("judge", "The independent judge", caption, rows, draw_judge)
     plot.save(folder)
-    gates = [
-        [html.escape(name), _rate(each.false_blocks), _rate(each.detected), _delays(each)]
-        for name, each in found.items()
-    ]
+    gates = []
+    for name, each in found.items():
+        rates = (each.false_blocks, each.promoted, each.detected, each.let_through)
+        gates.append([html.escape(name), *map(_rate, rates), _delays(each)])
     by_incident = [
         [report_page.named(incident, INCIDENTS[incident].meaning)]
         + [_rate(each.detected_by_incident[incident]) for each in found.values()]
@@ -71,8 +72,11 @@ def write(folder: Path, weeks: Sequence[Week]) -> dict[str, float]:
     sections = [
         report_page.section(
             "Gates as detectors",
-            "Shares of weeks with 95% Wilson intervals. Delay: weeks promoted before an incident was blocked.",
-            report_page.table(["", "clean weeks blocked", "incidents blocked", "delays"], gates),
+            "Shares of weeks with 95% Wilson intervals; what is neither blocked nor promoted was on hold. Delay: weeks "
+            "that went by before an incident was blocked.",
+            report_page.table(
+                ["", "clean, blocked", "clean, promoted", "incidents, blocked", "incidents, promoted", "delays"], gates
+            ),
         ),
         report_page.section(plot.title, plot.caption, report_page.picture(plot.name, plot.title)),
     ]
@@ -88,25 +92,28 @@ def write(folder: Path, weeks: Sequence[Week]) -> dict[str, float]:
     ]
     caption = "Differences are candidate minus incumbent."
     sections.append(report_page.section("Weeks", caption, report_page.table(week_rows(weeks)[0], cells)))
-    facts = {"weeks": str(len(weeks)), "promoted": str(sum(week["promoted"]["gate"] for week in weeks))}
+    said = [week["decisions"]["gate"] for week in weeks]
+    facts = {"weeks": str(len(weeks))} | {decision: str(said.count(decision)) for decision in Decision}
     page = report_page.page("Weekly redeploys", facts, sections)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return metrics
 
 
 def draw_judge(rows: Rows) -> Picture:
-    """Incumbent and candidate over the weeks; filled: promoted, cross: kept out; incidents named."""
+    """Incumbent and candidate over the weeks, a mark for each decision; incidents named."""
     picture = report_pictures.blank(report_pictures.WIDTH, 3.6)
     panel = picture.subplots()
     incumbent, candidate = ([row for row in rows if row["who"] == who] for who in ("incumbent", "candidate"))
-    after = [new["judge"] if new["promoted"] else old["judge"] for old, new in zip(incumbent, candidate, strict=True)]
+    promoted = [row["decision"] == Decision.PROMOTE and not row["rolled_back"] for row in candidate]
+    after = [(new if of else old)["judge"] for old, new, of in zip(incumbent, candidate, promoted, strict=True)]
     weeks = [row["week"] for row in incumbent]
     panel.step(weeks, after, where="mid", color=report_pictures.COLORS[0], label="in production after the week")
-    for promoted, marker, color, label in (
-        (True, "o", report_pictures.COLORS[2], "candidate, promoted"),
-        (False, "x", report_pictures.COLORS[1], "candidate, kept out"),
+    for decision, marker, color, label in (
+        (Decision.PROMOTE, "o", report_pictures.COLORS[2], "candidate, promoted"),
+        (Decision.HOLD, "s", report_pictures.COLORS[3], "candidate, on hold"),
+        (Decision.BLOCK, "x", report_pictures.COLORS[1], "candidate, blocked"),
     ):
-        points = [row for row in candidate if row["promoted"] == promoted]
+        points = [row for row in candidate if row["decision"] == decision]
         panel.plot([p["week"] for p in points], [p["judge"] for p in points], marker, color=color, label=label)
     for row in candidate:
         if row["incident"]:
@@ -125,7 +132,8 @@ def _flat(found: Mapping[str, Detector]) -> dict[str, float]:
     """Numbers by name; what nothing defines is left out."""
     metrics: dict[str, float] = {}
     for name, each in found.items():
-        rates = {"false_block_rate": each.false_blocks, "detection_rate": each.detected}
+        rates = {"false_block_rate": each.false_blocks, "promotion_rate": each.promoted}
+        rates |= {"detection_rate": each.detected, "let_through_rate": each.let_through}
         rates |= {f"detection_rate/{incident}": of for incident, of in each.detected_by_incident.items()}
         for figure, of in rates.items():
             if of.trials:

@@ -1,8 +1,8 @@
 """The search engine: the original path, and beside it a rewrite, if the store has one in time.
 
 The original path is computed first and whole. It never waits for, reads, or depends on a rewrite. One that is there in
-time, sealed, fresh and safe is then consumed; where it is not, or consuming it fails, the results are those of the
-original path, bit for bit, and the response says why.
+time, sealed, fresh and safe is then consumed; where it is not, or consuming it fails or takes too long, the results are
+those of the original path, bit for bit, and the response says why.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from core_jax.schema import Context
-from core_jax.search.rewrite_store import Found, RewriteStore
-from core_jax.search.stages import LAUNCH_B, ORIGINAL, Clock, Consumption, Result, Stages
+from core_jax.search.rewrite_store import Found, Refusals, RewriteStore
+from core_jax.search.stages import LAUNCH_B, ORIGINAL, Candidates, Clock, Consumption, Result, Stages
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,9 +41,13 @@ class Engine:
         stages: recall, rawrank and finerank.
         store: of rewrites; None: there are none.
         version: names the rewriter in production at each search; rewrites of another are not used.
+        refusals: applied to rewrites that a search is given, the default ones if None; a store has its own.
         consumption: which stages take rewrites.
         deadline: seconds from its start that a search waits for the store at most; the stages run meanwhile.
-        readers: reads of the store at once. While so many hang, searches do without and start no more.
+        patience: seconds from its start in which a search must have consumed its rewrite, or does without; None: any
+            time. What came too late runs to its end unseen.
+        readers: reads of the store at once, and as many rewrites consumed. While so many hang, searches do without and
+            start no more.
     """
 
     def __init__(
@@ -49,13 +56,15 @@ class Engine:
         *,
         store: RewriteStore | None = None,
         version: Callable[[], str | None] = lambda: None,
+        refusals: Refusals | None = None,
         consumption: Consumption = LAUNCH_B,
         deadline: float = 0.02,
+        patience: float | None = None,
         readers: int = 16,
     ):
-        self._stages, self._store, self._version = stages, store, version
-        self._consumption, self._deadline = consumption, deadline
-        self._readers = threading.BoundedSemaphore(readers)
+        self.version, self._stages, self._store, self._refusals = version, stages, store, refusals or Refusals()
+        self._consumption, self._deadline, self._patience = consumption, deadline, patience
+        self._readers, self._consumers = (threading.BoundedSemaphore(readers) for _ in range(2))
 
     def search(
         self,
@@ -69,7 +78,7 @@ class Engine:
 
         Args:
             size: so many results at most.
-            rewrite: consumed as it is; by default the store is asked for one.
+            rewrite: consumed unless refused; by default the store is asked for one.
             consumption: of this search; by default the engine's.
 
         Raises:
@@ -80,20 +89,27 @@ class Engine:
         if consumption == ORIGINAL:
             find = lambda: Found(None, "not asked for")
         elif rewrite is not None:
-            find = lambda: Found(rewrite, "given")
+            reason = self._refusals.reason(rewrite)
+            find = lambda: Found(None, reason) if reason else Found(rewrite, "given")
         elif self._store is None:
             find = lambda: Found(None, "no store")
         else:
             find = self._read_aside(context.key, clock)
         candidates = original = self._stages.original(context.query, clock)
         found = find()
-        if found.text is not None and not found.text.strip():
-            found = Found(None, "empty")
-        elif found.text == context.query:
+        if found.text == context.query:
             found = Found(None, "the query itself")
         if found.text is not None:
+            aside = Clock()  # of its own: what comes too late may not write into the response
+            consume = lambda text=found.text: self._stages.consume(original, text, consumption, aside)
             try:
-                candidates = self._stages.consume(original, found.text, consumption, clock)
+                candidates = self._in_time(consume, clock)
+                for stage, milliseconds in aside.milliseconds.items():
+                    clock.milliseconds[stage] = clock.milliseconds.get(stage, 0.0) + milliseconds
+            except _Busy:
+                found = Found(None, "busy")
+            except queue.Empty:
+                found = Found(None, "consumed too late")
             except Exception as error:  # whatever a rewrite breaks, it may not break the search
                 found = Found(None, f"failed: {type(error).__name__}")
         recalled = tuple(document.doc_id for document in candidates.recalled)
@@ -102,33 +118,73 @@ class Engine:
             candidates.results[:size], original.results[:size], found.text, found.reason, recalled, milliseconds
         )
 
+    def _in_time(self, consume: Callable[[], Candidates], clock: Clock) -> Candidates:
+        if self._patience is None:
+            return consume()
+        return _aside(consume, self._consumers)(self._patience - clock.seconds())
+
     def _read_aside(self, key: str, clock: Clock) -> Callable[[], Found]:
         """Ask the store in a thread that nobody has to wait for; returns how to get its answer, in time or not."""
-        if not self._readers.acquire(blocking=False):
-            return lambda: Found(None, "busy")
-        answer: queue.SimpleQueue[Found] = queue.SimpleQueue()
 
-        def read() -> None:
-            try:
-                version = self._version()
-                answer.put(self._store.read(key, version) if version else Found(None, "no version in production"))
-            except Exception as error:  # the store is down, or returns what it should not
-                answer.put(Found(None, f"store: {type(error).__name__}"))
-            finally:
-                self._readers.release()
+        def read() -> Found:
+            version = self.version()
+            return self._store.read(key, version) if version else Found(None, "no version in production")
 
         try:
-            threading.Thread(target=read, daemon=True).start()
-        except RuntimeError as error:  # the system has no thread to give
-            self._readers.release()
+            get = _aside(read, self._readers)
+        except _Busy:
+            return lambda: Found(None, "busy")
+        except RuntimeError as error:
             reason = f"store: {type(error).__name__}"
             return lambda: Found(None, reason)
 
         def wait() -> Found:
             with clock.stage("store"):
                 try:
-                    return answer.get(timeout=max(0.0, self._deadline - clock.seconds()))
+                    return get(self._deadline - clock.seconds())
                 except queue.Empty:
                     return Found(None, "late")
+                except Exception as error:  # the store is down, or returns what it should not
+                    return Found(None, f"store: {type(error).__name__}")
 
         return wait
+
+
+class _Busy(Exception):
+    """As many threads as may hang do."""
+
+
+def _aside(work: Callable[[], T], places: threading.Semaphore) -> Callable[[float], T]:
+    """Start work in a thread that nobody has to wait for, if a place is free.
+
+    Returns:
+        (seconds) -> what the work returns or raises; raises queue.Empty where it is not done by then.
+
+    Raises:
+        _Busy: no place is free.
+        RuntimeError: the system has no thread to give.
+    """
+    if not places.acquire(blocking=False):
+        raise _Busy
+    answer: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((work(), None))
+        except Exception as error:
+            answer.put((None, error))
+        finally:
+            places.release()
+
+    def get(seconds: float) -> T:
+        found, error = answer.get(timeout=max(0.0, seconds))
+        if error is not None:
+            raise error
+        return found
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    except RuntimeError:
+        places.release()
+        raise
+    return get

@@ -41,7 +41,7 @@ class OpenSearchRecall:
         headers: Mapping[str, str] | None = None,
         timeout: float = 1.0,
     ):
-        self._url = f"{url.rstrip('/')}/{urllib.parse.quote(index, safe='')}/_search"
+        self.url = f"{url.rstrip('/')}/{urllib.parse.quote(index, safe='')}/_search"
         self._fields, self._headers, self._timeout = list(fields), dict(headers or {}), timeout
 
     def request(self, text: str, k: int) -> dict[str, Any]:
@@ -60,13 +60,13 @@ class OpenSearchRecall:
         """
         try:
             if response.get("timed_out") or response.get("_shards", {}).get("failed"):
-                raise RemoteError(f"{self._url}: a part of the index did not answer")
+                raise RemoteError(f"{self.url}: a part of the index did not answer")
             return [Hit(document(hit["_id"], hit["_source"]), float(hit["_score"])) for hit in response["hits"]["hits"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise RemoteError(f"{self._url}: a response without {error}") from error
+            raise RemoteError(f"{self.url}: a response without {error}") from error
 
     def search(self, text: str, k: int) -> list[Hit]:
-        return self.hits(_post(self._url, self.request(text, k), self._headers, self._timeout))
+        return self.hits(_post(self.url, self.request(text, k), self._headers, self._timeout))
 
 
 class VespaRecall:
@@ -90,7 +90,7 @@ class VespaRecall:
     ):
         if not schema.isidentifier():
             raise ValueError(f"{schema!r} is no name of a Vespa schema")
-        self._url, self._schema, self._profile = f"{url.rstrip('/')}/search/", schema, profile
+        self.url, self._schema, self._profile = f"{url.rstrip('/')}/search/", schema, profile
         self._headers, self._timeout = dict(headers or {}), timeout
 
     def request(self, text: str, k: int) -> dict[str, Any]:
@@ -113,15 +113,29 @@ class VespaRecall:
         try:
             root = response.get("root", {})
             if root.get("errors") or not root.get("coverage", {}).get("full", True):
-                raise RemoteError(f"{self._url}: {root.get('errors') or 'a part of the documents did not answer'}")
+                raise RemoteError(f"{self.url}: {root.get('errors') or 'a part of the documents did not answer'}")
             found = [(hit["id"], hit["fields"], hit["relevance"]) for hit in root.get("children", ())]
             # id:namespace:schema:key:doc_id, unless the summary brings one of its own
             return [Hit(document(uri.split(":", 4)[-1], fields), float(score)) for uri, fields, score in found]
         except (KeyError, TypeError, AttributeError) as error:
-            raise RemoteError(f"{self._url}: a response without {error}") from error
+            raise RemoteError(f"{self.url}: a response without {error}") from error
 
     def search(self, text: str, k: int) -> list[Hit]:
-        return self.hits(_post(self._url, self.request(text, k), self._headers, self._timeout))
+        return self.hits(_post(self.url, self.request(text, k), self._headers, self._timeout))
+
+
+def open_recall(address: str) -> OpenSearchRecall | VespaRecall:
+    """The recall of `opensearch:URL/INDEX` or `vespa:URL/SCHEMA`, of which all else is as by default.
+
+    Raises:
+        ValueError: the address is neither.
+    """
+    kind, _, place = address.partition(":")
+    url, _, name = place.rpartition("/")
+    makers = {"opensearch": OpenSearchRecall, "vespa": VespaRecall}
+    if kind not in makers or not name or not url.partition("://")[2]:
+        raise ValueError(f"--recall: {address!r} is none of bm25, opensearch:URL/INDEX, vespa:URL/SCHEMA")
+    return makers[kind](url, name)
 
 
 def document(doc_id: str, source: Mapping[str, Any]) -> Document:

@@ -8,12 +8,17 @@ a file; `Redis` is a server that many searchers share and that expires entries b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
 import json
 import math
+import os
+import re
+import secrets
 import sqlite3
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +26,8 @@ from pathlib import Path
 from typing import Protocol
 
 WEEK = 7 * 24 * 3600.0  # seconds
+# Characters without a shape that are no control characters, or that some script's spelling needs.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u3164\ufe00-\ufe0f\uffa0]")
 
 
 class Backend(Protocol):
@@ -97,11 +104,26 @@ class Redis:
 
 def open_backend(url: str, *, timeout: float = 1.0) -> Backend:
     """`redis://host:port/0` (or rediss://, unix://) is a server, anything else the path of an SQLite file."""
+    return Redis(url, timeout=timeout) if is_server(url) else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
+
+
+def is_server(url: str) -> bool:
+    """Whether the address is that of a server; a ValueError where it is of no store that is known."""
     scheme, given, _ = url.partition("://")
     if given and scheme not in ("redis", "rediss", "unix", "sqlite"):
         raise ValueError(f"{url}: a store is redis://, rediss://, unix:// or the path of an SQLite file")
-    remote = given and scheme != "sqlite"
-    return Redis(url, timeout=timeout) if remote else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
+    return bool(given) and scheme != "sqlite"
+
+
+def read_secret(file: Path) -> bytes:
+    """The secret that seals a run's rewrites, made by the first who asks, readable by its owner alone."""
+    if not file.exists():
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as written:  # nobody else reads it
+            written.write(secrets.token_bytes(32))
+            written.flush()
+            with contextlib.suppress(FileExistsError):  # made meanwhile: that one counts
+                os.link(written.name, file)
+    return file.read_bytes()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,16 +132,20 @@ class Refusals:
 
     Attributes:
         most_characters: of a rewrite.
-        unsafe: words that no rewrite may hold, compared without case, accents of compatibility forms undone (NFKC).
+        unsafe: words, or several in a row, that no rewrite may hold; compared without case, compatibility forms undone
+            (NFKC), any blanks as one, and without what nobody sees: joiners, fillers, variation selectors.
     """
 
     most_characters: int = 128
     unsafe: frozenset[str] = frozenset()
 
+    def __post_init__(self):
+        object.__setattr__(self, "unsafe", frozenset(map(_plain, self.unsafe)) - {""})
+
     def reason(self, text: str) -> str | None:
         """Why a rewrite is refused, None where it may pass."""
-        plain = unicodedata.normalize("NFKC", text).casefold()
-        if not plain.strip():
+        plain = _plain(text)
+        if not plain:
             return "empty"
         if len(text) > self.most_characters:
             return "overlong"
@@ -128,9 +154,20 @@ class Refusals:
             unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for c in text if c not in "\u200c\u200d"
         ):
             return "control characters"
-        if any(_holds(plain, unicodedata.normalize("NFKC", word).casefold()) for word in self.unsafe):
+        if any(_holds(plain, word) for word in self.unsafe):
             return "unsafe"
         return None
+
+
+def read_refusals(words: Path | str | None) -> Refusals:
+    """What is refused by default, and the words of a file, a line each; none for "" and None."""
+    lines = Path(words).read_text(encoding="utf-8").splitlines() if words else []
+    return Refusals(unsafe=frozenset(lines))
+
+
+def _plain(text: str) -> str:
+    seen = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(unicodedata.normalize("NFKC", seen).casefold().split())
 
 
 def _holds(text: str, word: str) -> bool:

@@ -104,6 +104,11 @@ class Stages:
     recalled: int = 100
     ranked: int = 30
 
+    def deeper(self) -> Stages:
+        """The same stages with as many seats for the query alone as query and rewrite have here together."""
+        recalled, ranked = (size + self.fusion.added(size) for size in (self.recalled, self.ranked))
+        return dataclasses.replace(self, recalled=recalled, ranked=ranked)
+
     def original(self, query: str, clock: Clock) -> Candidates:
         """The path without a rewrite."""
         with clock.stage("recall"):

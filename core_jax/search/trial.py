@@ -2,7 +2,9 @@
 
 The collection is every document of the simulated sessions. A searcher's true intent grades all of it, so a ranking is
 judged against the best possible one, not against what some engine once showed; and whether the searcher gives up and
-changes the query follows in closed form from how that world's searchers look and click.
+changes the query follows in closed form from how that world's searchers look and click. The clip that the searcher has
+just watched is part of the collection for everybody else: for that searcher it is no find, so it counts neither among
+the results nor in the best ranking.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ DISCOUNT = 1 / np.log2(np.arange(CUTOFF) + 2)
 # What a figure is; the arrow says which way is better.
 MEANINGS: Mapping[str, str] = {
     "ndcg_exp@10": "↑ ranking against the best of the whole collection, gain 2^grade − 1",
-    "recall": "↑ share of the just right documents among those recalled, K of the query and at most M of a rewrite",
+    "recall": "↑ share of the just right documents among those recalled, K of the query and up to M more of a rewrite",
     "success@10": "↑ searches with a just right document among the first ten",
     "change_query": "↓ chance that the searcher clicks nothing and types another query",
 }
@@ -85,9 +87,13 @@ class Trial:
         """
         place = {document.doc_id: at for at, document in enumerate(self.documents)}
         rows = {name: np.full(len(self.truth), np.nan) for name in MEANINGS}
-        for number, grades in enumerate(self.grades):
+        for number, (each, grades) in enumerate(zip(self.truth, self.grades, strict=True)):
             response = search(number)
-            shown = [place[result.document.doc_id] for result in response.results]
+            watched = each.session.context.watched
+            seen = None if watched is None else place[watched.doc_id]
+            if seen is not None:
+                grades = np.where(np.arange(len(grades)) == seen, 0, grades)
+            shown = [at for result in response.results if (at := place[result.document.doc_id]) != seen]
             gain, best = (
                 exponential_gain(ranked) for ranked in (grades[shown[:CUTOFF]], np.sort(grades)[::-1][:CUTOFF])
             )

@@ -13,7 +13,8 @@
   /search  results with what every stage contributed, and milliseconds by stage
   /docs    the interface
 
-Without a store every search is the original path. A store that is slow, down or poisoned makes it so, too.
+Without a store every search is the original path. A store that is slow, down or poisoned makes it so, too. Stores are
+filled by the weeks of core_jax.main and, for a log of your own, by core_jax.fill_store.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--deadline_ms", type=float, default=20.0, help="that a search waits for the store (%(default)s)"
     )
+    parser.add_argument(
+        "--patience_ms", type=float, default=1000.0, help="in which a rewrite is consumed or given up (%(default)s)"
+    )
+    parser.add_argument("--unsafe", type=Path, help="a file of words, a line each, that no rewrite may hold")
+    parser.add_argument(
+        "--recall",
+        default="bm25",
+        help="bm25, or a server that holds the collection: opensearch:https://host:9200/INDEX (Elasticsearch too), "
+        "vespa:http://host:8080/SCHEMA (%(default)s)",
+    )
     parser.add_argument("--recalled", type=at_least(1), default=100, help="recalled for a query (%(default)s)")
     parser.add_argument("--ranked", type=at_least(1), default=30, help="of them scored by the model (%(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
@@ -53,17 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core_jax.search.finerank import Finerank
     from core_jax.search.rawrank import LightRanker
     from core_jax.search.recall import LexicalRecall
-    from core_jax.search.rewrite_store import RewriteStore, open_backend
+    from core_jax.search.remote_recall import open_recall
+    from core_jax.search.rewrite_store import RewriteStore, open_backend, read_refusals
     from core_jax.search.stages import Stages
     from core_jax.serve.app import make_app
-    from core_jax.serve.collection import clips_collection, read_collection, world_of
+    from core_jax.serve.collection import clips_collection, read_collection, settings_of, world_of
     from core_jax.weekly import KEY, REGISTRY, STORE
+    from lm_jax.program import use_kernels
     from lm_jax.source import locate
 
-    if args.run:
-        args.store = args.store or str(args.run / STORE)
-        args.secret, args.registry = args.secret or args.run / KEY, args.registry or args.run / REGISTRY
+    use_kernels(args.kernels)
     with told_plainly(parser):
+        if args.run:
+            weekly = settings_of(args.run).weekly
+            args.store = args.store or weekly.store or str(args.run / STORE)
+            args.unsafe = args.unsafe or weekly.unsafe
+            args.secret, args.registry = args.secret or args.run / KEY, args.registry or args.run / REGISTRY
         if (args.documents is None) == (args.clips_week is None):
             raise ValueError("one of --documents and --clips_week says what is searched")
         if args.store and not (args.secret and args.registry):
@@ -73,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = str(getattr(args, option) or "")
             if path and "://" not in path and not Path(path).exists():
                 raise ValueError(f"--{option}: there is no {path}")
+        refusals = read_refusals(args.unsafe)
+        server = None if args.recall == "bm25" else open_recall(args.recall)
         locate(args.model, ("config.json",))  # a wrong path is told before any work
         if args.documents:
             documents, examples = read_collection(args.documents), []
@@ -81,25 +99,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store = version = None
         if args.store:
             try:
-                store = RewriteStore(open_backend(args.store), args.secret.read_bytes())
+                store = RewriteStore(open_backend(args.store), args.secret.read_bytes(), refusals=refusals)
             except sqlite3.Error as error:
                 raise ValueError(f"--store: {args.store}: {error}") from error
             version = Registry(args.registry, golden_self_test).production
         model = RelevanceModel.load(
             args.model, instruction=zero_shot_instruction(args.labels, args.task), dtype=args.dtype
         )
-    stages = Stages(
-        LexicalRecall(documents), LightRanker(documents), Finerank(model), recalled=args.recalled, ranked=args.ranked
+        recall, light = server or LexicalRecall(documents), LightRanker(documents)
+        stages = Stages(recall, light, Finerank(model), recalled=args.recalled, ranked=args.ranked)
+        for first, last in zip(documents[:3], documents[-3:], strict=True):  # nobody waits for what these compile
+            Engine(stages).search(Context(first.title or "?"), rewrite=last.title or "?")
+    engine = Engine(
+        stages,
+        store=store,
+        version=version or (lambda: None),
+        refusals=refusals,
+        deadline=args.deadline_ms / 1000,
+        patience=args.patience_ms / 1000,
     )
-    engine = Engine(stages, store=store, version=version or (lambda: None), deadline=args.deadline_ms / 1000)
-    for first, last in zip(documents[:3], documents[-3:], strict=True):  # nobody waits for what these compile
-        engine.search(Context(first.title or "?"), rewrite=last.title or "?")
-    about = {
-        "model": Path(args.model).name,
-        "model_version": model.version,
-        "documents": len(documents),
-        "rewriter_version": (version and version()) or "",
-    }
+    about = {"model": Path(args.model).name, "model_version": model.version, "documents": len(documents)}
     uvicorn.run(make_app(engine, about, examples), host=args.host, port=args.port, log_level="warning")
 
 

@@ -76,7 +76,7 @@ def make_app(engine: Engine, about: Mapping[str, Any], examples: Sequence[Contex
     """The application of an engine.
 
     Args:
-        about: what /info says, a value of each a string or a number.
+        about: what /info says beside the rewriter's version, a value of each a string or a number.
         examples: contexts that the page offers.
     """
     app = FastAPI(title="Search after browse", version="1")
@@ -102,7 +102,7 @@ def make_app(engine: Engine, about: Mapping[str, Any], examples: Sequence[Contex
     @app.get("/info")
     def info() -> dict[str, Any]:
         """What is served."""
-        return dict(about)
+        return {**about, "rewriter_version": engine.version() or ""}
 
     @app.get("/examples")
     def offered() -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from afrl_jax.schema import Document
 from core_jax.schema import Context
 from core_jax.search.trial import session_documents
 from core_jax.sessions import simulate
-from core_jax.settings import read_settings
+from core_jax.settings import Settings, read_settings
 
 SESSIONS = 200  # of the week, as many as core_jax.weekly judges by default
 EXAMPLES = 30
@@ -36,8 +36,8 @@ def read_collection(path: Path) -> list[Document]:
     return list(documents.values())
 
 
-def world_of(run: Path) -> dict[str, Any]:
-    """The weeks that a run of core_jax.main lived through, as `clips_collection` takes them.
+def settings_of(run: Path) -> Settings:
+    """The settings of a run of core_jax.main.
 
     Raises:
         ValueError: the folder is of no such run, or its config is wrong.
@@ -45,7 +45,12 @@ def world_of(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.exists():
         raise ValueError(f"--run: {run} is no workdir of core_jax.main: it has no config.json")
-    settings = read_settings(json.loads(file.read_text(encoding="utf-8")))
+    return read_settings(json.loads(file.read_text(encoding="utf-8")))
+
+
+def world_of(run: Path) -> dict[str, Any]:
+    """The weeks that a run lived through, as `clips_collection` takes them; errors as those of `settings_of`."""
+    settings = settings_of(run)
     like = settings.data[settings.sessions]
     same = {name: like[name] for name in ("shown", "random_documents", "near_documents", "start") if name in like}
     return {"seed": settings.seed, "drift": settings.weekly.drift, "sessions": settings.weekly.held_out, **same}

@@ -1,6 +1,7 @@
 """The whole program on the smoke config: what it leaves, what it costs, and that being killed changes nothing."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,14 +15,15 @@ import time
 import numpy as np
 import pytest
 
-from core_jax import grpo
+from core_jax import grpo, phases
 from core_jax.phases import NoPairs
 from core_jax.recipe import Recipe
 from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
 from core_jax.settings import read_settings
+from lm_jax import run_log
 from lm_jax.config_file import read_config
-from lm_jax.parameters import abstract
+from lm_jax.parameters import abstract, initialize
 from sharding.distributed import PREEMPTED
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -200,6 +202,46 @@ def test_online_grpo_spends_the_same_rewards(relevance_folder, tmp_path):
         assert {"reward", "reward_std", "frac_reward_zero_std", "policy", "completions/mean_length"} <= record.keys()
         assert record["sampler_logprob_gap"] < 1e-4 and not any(key.startswith("first_token/") for key in record)
     assert facts(tmp_path / "run", "grpo")["steps"] == len(found)
+
+
+def test_what_a_phase_cost_is_counted_and_its_reference_is_of_its_pairs_alone(relevance_folder, tmp_path, monkeypatch):
+    made = recipe_of(relevance_folder, tmp_path / "run", "--config.supervised.mixture={}", "--config.phases.count=1")
+    asked, updated = [], []
+    real_score, real_step = phases.score_rewrites, phases.mpo.make_step
+
+    def score_twice(sessions, rewrites, relevance, settings):
+        def counting(pairs):
+            asked.append(len(pairs))
+            return relevance(pairs)
+
+        counting.version = "counting"
+        for _ in range(2):
+            found = real_score(sessions, rewrites, counting, settings)
+        return found
+
+    def make_step(*arguments, **options):
+        step = real_step(*arguments, **options)
+        update = lambda *arguments: (updated.append(1), step.update(*arguments))[1]
+        return step._replace(update=update)
+
+    monkeypatch.setattr(phases, "score_rewrites", score_twice)
+    monkeypatch.setattr(phases.mpo, "make_step", make_step)
+    phase = phases.Phase(
+        "phase1", made.settings, made.inputs, made._sessions_of(0), relevance=made.relevance, sampler=made.sampler,
+        run=made.run, log=run_log.RunLog(made.run.path), seed=1,
+    )  # fmt: skip
+    start = initialize(made.inputs.shape, 0, made.inputs.mesh)
+    phase(start)
+    found = facts(tmp_path / "run", "phase1")
+    assert found["reward_batches"] == len(asked) >= 2 and found["relevance_pairs"] == sum(asked) > 0
+    assert found["steps"] == len(updated) == STEPS and found["staleness/most_steps"] == len(updated) - 1
+
+    collected = phase.collect(start)
+    phase._with_reference(start, collected)
+    (prompt, chosen, rejected), *others = collected.pairs
+    swapped = dataclasses.replace(collected, pairs=[(prompt, rejected, chosen), *others])
+    with pytest.raises(ValueError, match=r"reference\.npy holds log-probs of other pairs"):
+        phase._with_reference(start, swapped)
 
 
 def test_with_adapters_a_phase_changes_their_targets_by_matrices_of_their_rank(relevance_folder, tmp_path):

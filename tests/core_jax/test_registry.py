@@ -1,8 +1,10 @@
 """The registry: moves, refusals, the log, kills at every step, many at once, the command line."""
 
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -225,6 +227,67 @@ def test_a_rollback_to_a_version_rolled_back_before_keeps_the_way_back(of, tmp_p
     assert of.rollback(**WHO) == second
     assert of.rollback(**WHO, to=third) == third
     assert of.rollback(**WHO) == second
+
+
+def test_killed_while_it_is_mended_a_version_in_production_is_still_there(of, tmp_path, monkeypatch):
+    (first,) = published(of, tmp_path, "first")
+    of.promote(first, **WHO)
+    source = model(tmp_path, "first")
+    template = shutil.copytree(of.folder, tmp_path / "template", symlinks=True)
+    (template / "versions" / first / "weights").write_text("rot")
+    (template / "versions" / first / "tokenizer" / "vocab").unlink()
+    (template / "versions" / first / "stray").mkdir()
+    (template / "versions" / first / "stray" / "file").write_text("x")
+
+    class Killed(BaseException):
+        pass
+
+    for steps in itertools.count():
+        shutil.rmtree(of.folder)
+        shutil.copytree(template, of.folder, symlinks=True)
+        left = itertools.count(steps, -1)
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace", "unlink", "rmdir"):
+                real = getattr(pathlib.Path, name)
+
+                def step(*arguments, real=real, left=left, **options):
+                    if next(left) <= 0:
+                        raise Killed
+                    return real(*arguments, **options)
+
+                patch.setattr(pathlib.Path, name, step)
+            try:
+                of.publish(source, **WHO)
+                ended = True
+            except Killed:
+                ended = False
+        assert (of.folder / "production" / "weights").read_text() in ("rot", "first")
+        assert of.publish(source, **WHO) == first and of.verify(first)
+        assert not list(of.path(first).glob("stray"))
+        if ended:
+            break
+    assert steps > 3
+
+
+def test_a_log_whose_end_was_cut_off_is_noticed(of, tmp_path):
+    first, second = published(of, tmp_path, "first", "second")
+    of.promote(first, **WHO)
+    log, head = of.folder / "audit.jsonl", of.folder / "head"
+    before, named = log.read_bytes(), head.read_text()
+    of.promote(second, **WHO)
+    whole = log.read_bytes()
+    for cut in (before, b""):
+        log.write_bytes(cut)
+        with pytest.raises(RegistryError, match=r"audit\.jsonl:\d: the log ends here, before .*head names"):
+            of.history()
+        with pytest.raises(RegistryError, match="the log ends here"):
+            of.rollback(**WHO)
+    log.write_bytes(whole)
+    head.write_text(named)  # as a kill between the two leaves it
+    assert len(of.history()) == 4 and of.rollback(**WHO) == first
+    log.write_bytes(whole)
+    with pytest.raises(RegistryError, match="the log ends here"):
+        of.history()
 
 
 def test_publishing_again_mends_a_damaged_version(of, tmp_path):

@@ -1,8 +1,11 @@
 import contextlib
+import http.server
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -12,6 +15,7 @@ import pytest
 from core_jax.rewrite_format import RewriteFormat
 from core_jax.rewriter import Rewriter, export_weights
 from core_jax.sampler import InProcess, Server
+from core_jax.schema import Context
 from core_jax.sessions import simulate
 
 ANSWER = 6
@@ -154,6 +158,46 @@ def test_an_answer_that_is_none_is_told(format, tiny_shape, contexts, tmp_path, 
     monkeypatch.setattr(sampler, "_post", lambda path, body: answer)
     with pytest.raises(ConnectionError, match="/v1/completions: an answer without"):
         sampler.sample(contexts[:1], [0], seed=0, group=1)
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+def test_prompts_travel_as_the_tokens_of_the_losses_and_as_text_where_those_are_refused(
+    format, tiny_shape, contexts, tmp_path, takes_ids, capsys
+):
+    asked = []
+
+    class Completions(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append(body["prompt"])
+            status = 200 if takes_ids or isinstance(body["prompt"], str) else 400
+            answer = json.dumps({"choices": [{"text": "chess", "finish_reason": "stop"}]}).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *arguments):
+            pass
+
+    typed = Context("chess <|endoftext|> kids")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions) as serving:
+        threading.Thread(target=serving.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{serving.server_port}"
+            sampler = server(format, tiny_shape, url, tmp_path, parallel=1)
+            found = sampler.sample([typed, contexts[0]], [0, 1], seed=0, group=2)
+        finally:
+            serving.shutdown()
+    prompts = [tokens.tolist() for tokens in format.encode_prompts([typed, contexts[0]])]
+    assert format.tokenizer.eos not in prompts[0]
+    if takes_ids:
+        assert asked == [prompts[0], prompts[0], prompts[1], prompts[1]]
+    else:
+        texts = [format.tokenizer.decode(tokens) for tokens in prompts]
+        assert asked == [prompts[0], texts[0], texts[0], texts[1], texts[1]]
+    assert ("takes no token ids" in capsys.readouterr().err) != takes_ids
+    assert plain(found) == [[format.encode_rewrite("chess")[:ANSWER].tolist()] * 2] * 2
 
 
 def test_a_refusal_says_what_the_server_said(transformers_server, format, tiny_shape, contexts, random_model, tmp_path):

@@ -45,6 +45,7 @@ def test_defaults_are_those_of_the_objectives():
         ("reward.form", "difference"),
         ("reward.alpha", 0.0),
         ("reward.gamma", 0.0),
+        ("reward.off_query", 1.0),
         ("proxy", "bm25"),
         ("mpo.delta", "none"),
         ("mpo.normalization", "sequence"),

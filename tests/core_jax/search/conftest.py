@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.absent import absent
+
 
 @dataclasses.dataclass
 class RedisServer:
@@ -22,7 +24,7 @@ class RedisServer:
 def start(folder) -> RedisServer:
     program = shutil.which("redis-server")
     if program is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+        absent("redis-server is not installed (Debian: apt-get install redis-server)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,7 @@ import pytest
 
 from afrl_jax.schema import Document
 from core_jax.search.recall import Hit
-from core_jax.search.remote_recall import OpenSearchRecall, RemoteError, VespaRecall
+from core_jax.search.remote_recall import OpenSearchRecall, RemoteError, VespaRecall, open_recall
 
 OPENSEARCH = {
     "took": 3,
@@ -44,6 +44,23 @@ VESPA = {
         ],
     }
 }
+
+
+def test_an_address_names_a_server_and_what_it_holds():
+    recall = open_recall("opensearch:https://search.example:9200/clips")
+    assert isinstance(recall, OpenSearchRecall) and recall.url == "https://search.example:9200/clips/_search"
+    recall = open_recall("vespa:http://vespa.example:8080/clip")
+    assert isinstance(recall, VespaRecall) and recall.url == "http://vespa.example:8080/search/"
+    assert "from clip where" in recall.request("chess", 5)["yql"]
+    for wrong in (
+        "bm26",
+        "opensearch:clips",
+        "opensearch:https://search.example",
+        "vespa:http://h:1/",
+        "solr:http://h/c",
+    ):
+        with pytest.raises(ValueError, match="none of bm25, opensearch:URL/INDEX"):
+            open_recall(wrong)
 
 
 def test_opensearch_request_and_hits():

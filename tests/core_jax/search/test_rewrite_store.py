@@ -8,7 +8,8 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_jax.search.rewrite_store import Found, Refusals, RewriteStore, SQLite, open_backend
+from core_jax.search.rewrite_store import Found, Refusals, RewriteStore, SQLite, open_backend, read_refusals
+from tests.absent import absent
 
 SECRET = b"sixteen or more bytes"
 
@@ -103,6 +104,19 @@ def test_a_refusal_never_fails_and_lets_plain_words_pass(text):
     assert Refusals().reason("chess for kids") is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["po\u200cker night", "p\u200doker", "po\ufe0fker", "po\u034fker", "free  money", "free\u00a0\u3000 MONEY now"],
+)
+def test_an_unsafe_word_is_found_behind_what_nobody_sees(text, tmp_path):
+    words = tmp_path / "words"
+    words.write_text("Poker\n\nfree money\n")
+    refusals = read_refusals(words)
+    assert refusals.reason(text) == "unsafe"
+    assert refusals.reason("chess for kids") is None and refusals.reason("carefree moneys") is None
+    assert read_refusals("").reason(text) is None
+
+
 def test_a_down_backend_raises(tmp_path):
     store = RewriteStore(open_backend("redis://127.0.0.1:1/0", timeout=0.2), SECRET)
     with pytest.raises(Exception, match="Connection refused"):
@@ -118,6 +132,13 @@ def test_a_down_backend_raises(tmp_path):
 def test_joiners_are_letters_of_persian_and_other_control_characters_are_not():
     assert Refusals().reason("آموزش شطرنج برای بچه\u200cها") is None
     assert Refusals().reason("chess\u200f kids") == "control characters"
+
+
+@pytest.mark.parametrize(("asked", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_what_is_absent_skips_a_test_or_fails_it(monkeypatch, asked, outcome):
+    monkeypatch.setenv("AFRL_SKIP_NOTHING", asked)
+    with pytest.raises(outcome, match="no redis-server"):
+        absent("no redis-server")
 
 
 def test_an_address_that_is_no_store_is_named():

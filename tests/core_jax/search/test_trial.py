@@ -63,6 +63,21 @@ def test_figures_by_hand():
     grades[0, :4] = [3, 1, 3, 2]
     of = dataclasses.replace(of, grades=grades)
     d = of.documents
+    assert truth[0].session.context.watched == d[0]  # of the grades 3 1 3 2 the first is not counted
+    with_watched = of.measure(lambda number: response([d[0], d[5], d[3], d[2]], [d[0], d[5]]))
+    without = of.measure(lambda number: response([d[5], d[3], d[2]], [d[5]]))
+    assert all(with_watched[name][0] == values[0] for name, values in without.items())
+    assert with_watched["recall"][0] == 0 and with_watched["success@10"][0] == 1
+    seen = response([d[0]], [d[0]])
+    assert of.measure(lambda number: seen)["success@10"][0] == 0
+    unwatched = [
+        dataclasses.replace(
+            each,
+            session=dataclasses.replace(each.session, context=dataclasses.replace(each.session.context, watched=None)),
+        )
+        for each in truth
+    ]
+    of = dataclasses.replace(of, truth=unwatched)
     found = of.measure(lambda number: response([d[5], d[3], d[0]], [d[5], d[3], d[0]]))
     discount = [1 / np.log2(rank + 1) for rank in range(1, 5)]
     best = np.dot([7, 7, 3, 1], discount)

@@ -33,7 +33,7 @@ def running(tmp_path_factory):
     store.write("v1", [(contexts[0].key, rewrite)])
     stages = Stages(LexicalRecall(documents), LightRanker(documents), BM25Relevance(documents))
     engine = Engine(stages, store=store, version=lambda: "v1", deadline=5.0)
-    about = {"model": "bm25", "model_version": "", "documents": len(documents), "rewriter_version": "v1"}
+    about = {"model": "bm25", "model_version": "", "documents": len(documents)}
     server = uvicorn.Server(uvicorn.Config(make_app(engine, about, contexts), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

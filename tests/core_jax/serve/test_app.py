@@ -40,6 +40,12 @@ def test_stages_and_rewrites_can_be_chosen(running):
     assert any(row["original_rank"] is None for row in everything["results"])
 
 
+def test_a_rewrite_in_a_request_is_refused_as_a_stored_one_is(running):
+    answer = post(running, query=running.contexts[0].query, rewrite="a\u202eb").json()
+    assert (answer["rewrite"], answer["reason"]) == (None, "control characters")
+    assert answer["results"] == answer["original"]
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -54,10 +60,12 @@ def test_errors_name_the_field(running, body, field):
     assert answer.status_code == 422 and answer.json()["error"]["param"] == field
 
 
-def test_examples_info_and_health(running):
+def test_examples_info_and_health(running, monkeypatch):
     offered = requests.get(f"{running.url}/examples", timeout=30).json()
     assert len(offered) == len(running.contexts) and offered[0]["query"] == running.contexts[0].query
-    assert requests.get(f"{running.url}/info", timeout=30).json()["rewriter_version"] == "v1"
+    for production, told in (("v1", "v1"), ("v2", "v2"), (None, "")):  # of this moment, not of the start
+        monkeypatch.setattr(running.engine, "version", lambda production=production: production)
+        assert requests.get(f"{running.url}/info", timeout=30).json()["rewriter_version"] == told
     assert requests.get(f"{running.url}/health", timeout=30).json() == {"status": "ok"}
     page = requests.get(running.url, timeout=30)
     assert "default-src 'self'" in page.headers["content-security-policy"] and "Search after browse" in page.text

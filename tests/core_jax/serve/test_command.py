@@ -37,7 +37,8 @@ def test_a_run_says_which_world_it_lived_in(tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     world = world_of(tmp_path)
-    assert world == {"seed": 2, "drift": 0.5, "sessions": 800, "shown": 8, "random_documents": 2}
+    like = {"shown": 8, "random_documents": 4, "near_documents": 2}
+    assert world == {"seed": 2, "drift": 0.5, "sessions": 800, **like}
     documents, contexts = clips_collection(3, **world | {"sessions": 40})
     lived = open_sessions({**config["data"]["train"], "split": "dev", "week": 3, "sessions": 40, "drift": 0.5}, 2)
     assert {context.key for context in contexts} <= {context.key for context in lived.contexts}
@@ -61,6 +62,8 @@ def test_the_built_in_world_offers_contexts_whose_documents_are_there():
             "--store: there is no absent",
         ),
         (["--model=x", "--clips_week=1", "--run=absent"], "--run: absent is no workdir of core_jax.main"),
+        (["--model=x", "--clips_week=1", "--unsafe=absent"], "No such file or directory: 'absent'"),
+        (["--model=x", "--clips_week=1", "--recall=solr"], "--recall: 'solr' is none of bm25, opensearch:URL/INDEX"),
         (["--model=x", "--clips_week=1", "--recalled=0"], "--recalled: must be a whole number of at least 1"),
     ],
 )

@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+from tests.absent import absent
 from tests.browser import EXECUTABLE, Browser
 
 READY = "document.querySelectorAll('#results li').length > 0 && !document.getElementById('search').disabled"
@@ -16,7 +17,7 @@ READY = "document.querySelectorAll('#results li').length > 0 && !document.getEle
 @pytest.fixture
 def browser(tmp_path):
     if EXECUTABLE is None:
-        pytest.skip("no chromium or google-chrome on the path")
+        absent("no chromium or google-chrome on the path")
     opened = Browser(tmp_path / "profile")
     yield opened
     opened.close()
