@@ -94,7 +94,7 @@ def render_instruction(instruction: Instruction) -> str:
 def render_document(document: Document) -> str:
     """Title, text and fields, a line each; what is empty is left out."""
     lines = [one_line(document.title), one_line(document.text)]
-    lines += [f"{name}: {one_line(value)}" for name, value in document.fields.items() if value]
+    lines += [f"{one_line(name)}: {one_line(value)}" for name, value in document.fields.items() if value]
     return "\n".join(line for line in lines if line)
 
 
@@ -207,7 +207,15 @@ class AnswerFormat:
     @functools.cached_property
     def head_tokens(self) -> np.ndarray:
         """The tokens that prompts begin with whatever the query: the instruction, as far as no query changes them."""
-        bare = self.prefix_text(Query("", "")).rstrip()  # a blank at its end may become one token with what follows
+        return self._tokens_before_anything(self.prefix_text(Query("", "")))
+
+    @functools.cached_property
+    def document_head_size(self) -> int:
+        """How many tokens of a prompt's document part come before the document, whatever that is."""
+        return len(self._tokens_before_anything(self.template.document))
+
+    def _tokens_before_anything(self, text: str) -> np.ndarray:
+        bare = text.rstrip()  # a blank at its end may become one token with what follows
         one, *others = (np.array(self.tokenizer.encode(text), np.int32) for text in (bare, bare + " a", bare + " 7 b"))
         while not all(np.array_equal(one, other[: len(one)]) for other in others):
             one = one[:-1]

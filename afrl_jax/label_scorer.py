@@ -91,7 +91,8 @@ class LabelScorer:
         self._empty = self._nothing(PREFIX_STEP)
         self._head_tokens = np.zeros(0, np.int32) if head is None else head
         self._shapes: set[tuple] = set()
-        self.kept: BoundedCache[Prefix] = BoundedCache(cache_bytes or (CPU_CACHE_BYTES if cpu else CACHE_BYTES))
+        default = CPU_CACHE_BYTES if cpu else CACHE_BYTES
+        self.kept: BoundedCache[Prefix] = BoundedCache(default if cache_bytes is None else cache_bytes)
         self.counts = Counts()
 
     @property

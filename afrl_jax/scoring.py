@@ -30,12 +30,15 @@ from lm_jax.weights import read_weights
 from sharding.distributed import fetch
 
 ANSWERS = 16  # written together
+ANSWER_TOKENS = 128  # where an answer is cut off unless told otherwise
 
 
 class RelevanceModel:
     """A relevance model: grades pairs, ranks documents, explains a grade.
 
-    The argument names and return shapes are those of sentence-transformers' CrossEncoder.
+    The argument names and return shapes are those of sentence-transformers' CrossEncoder. Not taken are `activation_fn`
+    and `apply_softmax`, for scores are calibrated probabilities already (all of them: `predict_proba`), and what is of
+    PyTorch: `convert_to_tensor`, `num_workers`.
 
         model = RelevanceModel.load("runs/quickstart/export")
         model.predict([("chess for kids", "Chess openings, explained to children")])  # expected grade in [0, 1]
@@ -60,8 +63,11 @@ class RelevanceModel:
         decision: Decision = MOST_PROBABLE,
         version: str = "",
         dtype: str = "float32",
+        cache_bytes: int | None = None,
     ):
-        self.scorer = LabelScorer(parameters, config, format.label_ids, head=format.head_tokens, dtype=dtype)
+        self.scorer = LabelScorer(
+            parameters, config, format.label_ids, head=format.head_tokens, dtype=dtype, cache_bytes=cache_bytes
+        )
         self.config, self.parameters, self.format, self.dtype = config, self.scorer.parameters, format, dtype
         self.calibration = calibration or Calibration.identity(len(format.labels))
         self.decision, self.version = decision, version
@@ -75,6 +81,7 @@ class RelevanceModel:
         dtype: str = "float32",
         check: bool = True,
         mesh: Mesh | None = None,
+        cache_bytes: int | None = None,
     ) -> RelevanceModel:
         """Read a model folder, a hub id or a .gguf file.
 
@@ -85,6 +92,7 @@ class RelevanceModel:
             dtype: of the computation, "float32" or "bfloat16".
             check: whether to score the golden pairs again.
             mesh: where the parameters live; it must be set (`jax.set_mesh`) here and whenever the model is used.
+            cache_bytes: of keys and values of queries, kept for the next call; 2 GiB by default, on a CPU 256 MiB.
 
         Raises:
             relevance_file.GoldenMismatch: the folder's golden pairs do not get the scores they were exported with.
@@ -103,6 +111,7 @@ class RelevanceModel:
             decision=Decision.from_json(json.dumps(description["decision"])) if description else MOST_PROBABLE,
             version=description["weights_digest"] if description else "",
             dtype=dtype,
+            cache_bytes=cache_bytes,
         )
         if description and check:
             relevance_file.check_golden(description, model, source)
@@ -142,10 +151,28 @@ class RelevanceModel:
     def predict_proba(
         self, inputs: Sequence[Any], *, batch_size: int | None = None, show_progress_bar: bool | None = None
     ) -> np.ndarray:
-        """Calibrated probabilities of the grades, float64 [N, C], in the order of the scale. Arguments of `predict`."""
+        """Calibrated probabilities of the grades, float64 [N, C], in the order of the scale. Arguments of `predict`.
+
+        Raises:
+            FloatingPointError: see `probabilities`; so do all that read a grade or a score from them.
+        """
         pairs = [(_query(query), _document(document)) for query, document in inputs]
         logprobs = self.label_logprobs(pairs, batch_size=batch_size, show_progress_bar=show_progress_bar)
-        return self.calibration.apply(logprobs)
+        return self.probabilities(logprobs)
+
+    def probabilities(self, logprobs: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities float64 [N, C] of uncalibrated log-probs [N, C].
+
+        Raises:
+            FloatingPointError: some are no numbers, of damaged weights or an overflow; names the first pair. Better no
+                grade than one made up of it.
+        """
+        found = self.calibration.apply(logprobs)
+        wrong = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if wrong.size:
+            told = f"of {len(wrong)} of {len(found)} pairs, the first of them pair {wrong[0]}"
+            raise FloatingPointError(f"the model gave probabilities that are not numbers, {told}")
+        return found
 
     def predict(
         self,
@@ -196,15 +223,15 @@ class RelevanceModel:
             for i in order
         ]
 
-    def explain(self, query: str | Query, document: Any, *, max_new_tokens: int = 128) -> str:
-        """The grade and its explanation as text, which cannot contradict each other: see `answers`."""
+    def explain(self, query: str | Query, document: Any, *, max_new_tokens: int = ANSWER_TOKENS) -> str:
+        """The grade and its explanation as text, whose verdict is that grade: see `answers`."""
         return self.answers([(_query(query), _document(document))], max_new_tokens=max_new_tokens)[0]
 
     def answers(
         self,
         pairs: Sequence[tuple[Query, Document]],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = ANSWER_TOKENS,
         grades: Sequence[int] | None = None,
     ) -> list[str]:
         """An answer to each pair as text; one cut off at `max_new_tokens` is as long as it got.
@@ -217,9 +244,7 @@ class RelevanceModel:
         for start in range(0, len(pairs), ANSWERS):
             prompts = self.format.encode_prompts(pairs[start : start + ANSWERS])
             logprobs, prefixes = self.scorer.prefill(prompts)
-            decided = (
-                grades[start : start + ANSWERS] if grades else self.grades(self.calibration.apply(logprobs)).tolist()
-            )
+            decided = grades[start : start + ANSWERS] if grades else self.grades(self.probabilities(logprobs)).tolist()
             *_, last = explanations(self.scorer, self.format, prefixes, decided, max_new_tokens=max_new_tokens)
             written += [text for text, _ in last]
         return written

@@ -15,7 +15,8 @@
   /health /ready    the process is alive; the model is loaded and has proved its golden pairs
   /metrics /docs    Prometheus; the interface, to read and to try, as /openapi.json describes it
 
-With --api_keys=FILE, one key a line, scoring asks for `Authorization: Bearer KEY`. The log is JSON lines on stderr.
+With --api_keys=FILE, one key a line, scoring asks for `Authorization: Bearer KEY`. The log is JSON lines on stderr;
+what ends the server before its time is told after them in plain words.
 SIGTERM lets the requests that were admitted end, and no others begin; before the model is there it ends all at once.
 Status 0 after that, 2 if the model cannot be loaded or the service breaks down.
 """
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import logging
 import os
 import signal
 import socket
@@ -34,7 +34,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from afrl_jax.command_line import make_parser, parse, told_plainly, zero_shot_instruction
+from afrl_jax.command_line import CACHE_HELP, at_least, make_parser, parse, told_plainly, zero_shot_instruction
 from afrl_jax.serve.keys import read_keys
 from afrl_jax.serve.settings import Settings
 
@@ -53,18 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from afrl_jax import relevance_file
     from afrl_jax.scoring import RelevanceModel
     from afrl_jax.serve.app import make_app
-    from afrl_jax.serve.monitoring import LOGGER, log
+    from afrl_jax.serve.monitoring import log, log_to_stderr
     from afrl_jax.serve.scorer import Scorer
     from afrl_jax.serve.service import Service
+    from kernels import implementation
 
     with told_plainly(parser):
         relevance_file.instruction_of(relevance_file.read(args.model), instruction)
-    LOGGER.setLevel(logging.INFO)
-    LOGGER.addHandler(logging.StreamHandler(sys.stderr))
+    log_to_stderr()
+    implementation.setting.set_global(args.kernels)
     service = Service(args.name or Path(args.model).resolve().name, settings, keys)
 
     def load() -> Scorer:
-        model = RelevanceModel.load(args.model, instruction=instruction, dtype=args.dtype)
+        model = RelevanceModel.load(args.model, instruction=instruction, dtype=args.dtype, cache_bytes=args.cache_bytes)
         return Scorer(model, settings.max_explanation_tokens)
 
     def stop() -> None:
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_app(service, load, on_failure=stop),
         host=args.host,
         port=args.port,
+        log_config=None,  # it goes where all goes
         log_level="warning",  # every request has a line of ours
         access_log=False,
         # An admitted request may take its deadline to be scored, and as long again to be explained.
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {service.failure}\n")
     if not service.ready:
         # The thread that loads or compiles would be waited for, minutes for a large model.
-        logging.shutdown()
+        sys.stderr.flush()
         os._exit(0)
 
 
@@ -107,6 +109,7 @@ def make_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="0 finds a free one (%(default)s)")
     parser.add_argument("--name", help="what answers call the model; by default the name of its folder")
     parser.add_argument("--api_keys", type=Path, help="a file of API keys, one a line; without one, nobody is asked")
+    parser.add_argument("--cache_bytes", type=at_least(0), help=CACHE_HELP)
     for field in dataclasses.fields(Settings):
         told = f"{field.metadata['meaning']} (%(default)s)"
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=told)

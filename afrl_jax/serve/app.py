@@ -56,7 +56,9 @@ def make_app(service: Service, load: Callable[[], Scorer], *, on_failure: Callab
     app.state.service = service
     app.add_middleware(refusals.BodyLimit, max_bytes=service.settings.max_body_bytes)
     app.add_middleware(refusals.KeyFirst, keys=service.keys)
-    app.add_middleware(Monitored, metrics=service.metrics)
+    served = [route.path for router in (routes.scoring, routes.about) for route in router.routes]
+    paths = [*served, "/", "/docs", app.openapi_url, "/page/*"]
+    app.add_middleware(Monitored, metrics=service.metrics, paths=paths)
     refusals.install(app)
     app.include_router(routes.scoring)
     app.include_router(routes.about)

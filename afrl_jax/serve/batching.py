@@ -1,13 +1,14 @@
-"""Requests of many clients scored together, first come first served, in a queue that has an end.
+"""Requests of many clients scored together, in a queue that has an end.
 
 An idle service waits `wait_seconds` for company for the first request; a busy one gathers what arrives meanwhile. A
-request longer than a batch is scored in turns with the others, so that it holds up nobody for longer than one batch.
+request is scored in the order of its turn, which is when it arrived and as much later as it takes by itself: short ones
+do not wait behind a long one, and by no more than a share of the deadline, so that a stream of them cannot starve it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
+import bisect
 import contextlib
 import dataclasses
 import time
@@ -18,6 +19,10 @@ from typing import Any
 import numpy as np
 
 FORGET = 0.8  # what a batch leaves of the pairs and seconds counted before it: the rate follows the last few
+# Shares of the deadline: who is admitted begins within START and ends within FINISH, at the present rate, and lets
+# later ones pass for YIELD at most. When that is over, no more than FINISH of work is held, and nothing new comes
+# before it: at a steady rate all is answered within FINISH + YIELD. The rest is for a rate that falls.
+START, FINISH, YIELD = 0.5, 0.75, 0.15
 
 
 class QueueFull(Exception):
@@ -51,6 +56,7 @@ class _Work:
     place: Place
     done: asyncio.Future[None]
     since: float
+    turn: float
     taken: int = 0
     started: float = 0.0
     compute: float = 0.0
@@ -66,9 +72,9 @@ class Batcher:
 
     Args:
         score: (items, salts) -> rows [N, ...], one an item; runs on the executor.
-        batch_pairs, queue_pairs, wait_seconds: see `Settings`.
-        longest_wait: seconds; nobody is admitted who would have to wait longer, at the present rate.
-        observe: is told of every batch: (pairs, seconds).
+        batch_pairs, queue_pairs, wait_seconds, deadline_seconds: see `Settings`.
+        observe: is told of every batch that was scored: (pairs, seconds).
+        failed: is told of every batch that was not: (pairs, requests, why), also where each request of it passes alone.
     """
 
     def __init__(
@@ -79,32 +85,34 @@ class Batcher:
         batch_pairs: int,
         queue_pairs: int,
         wait_seconds: float,
-        longest_wait: float,
+        deadline_seconds: float,
         observe: Callable[[int, float], None] = lambda pairs, seconds: None,
+        failed: Callable[[int, int, Exception], None] = lambda pairs, requests, error: None,
     ):
-        self._score, self._executor, self._observe = score, executor, observe
+        self._score, self._executor, self._observe, self._failed = score, executor, observe, failed
         self.batch_pairs, self.queue_pairs = batch_pairs, queue_pairs
-        self.wait_seconds, self.longest_wait = wait_seconds, longest_wait
+        self.wait_seconds, self.deadline_seconds = wait_seconds, deadline_seconds
         self.held = 0  # pairs that have a place
-        self._queue: collections.deque[_Work] = collections.deque()
+        self._queue: list[_Work] = []  # in the order of their turns
         self._arrived = asyncio.Event()
         self._recent = (0.0, 0.0)  # pairs, seconds
 
-    @property
-    def expected_wait(self) -> float:
-        """Seconds until all that is held would be scored, at the rate of the last batches; 0 before the first."""
-        pairs, seconds = self._recent
-        return self.held * seconds / pairs if pairs else 0.0
+    def expected_seconds(self, pairs: int) -> float:
+        """What scoring so many takes, at the rate of the last batches; 0 before the first."""
+        counted, seconds = self._recent
+        return pairs * seconds / counted if counted else 0.0
 
     @contextlib.contextmanager
     def place(self, pairs: int) -> Iterator[Place]:
         """Hold room for a request, from before it is tokenized to its end, however it ends.
 
         Raises:
-            QueueFull: there is not so much room, or it would wait too long. An idle service refuses nobody.
+            QueueFull: there is not so much room, or it would be scored too late. An idle service refuses nobody: its
+                rate may be one of long ago, or of a first batch that was compiled.
         """
-        wait = self.expected_wait
-        if self.held and (self.held + pairs > self.queue_pairs or wait > self.longest_wait):
+        wait, whole = self.expected_seconds(self.held), self.expected_seconds(self.held + pairs)
+        late = wait > START * self.deadline_seconds or whole > FINISH * self.deadline_seconds
+        if self.held and (late or self.held + pairs > self.queue_pairs):
             raise QueueFull(wait)
         held = Place(pairs)
         self.held += pairs
@@ -119,8 +127,10 @@ class Batcher:
         Raises:
             Whatever scoring these items raises; other requests of the batch are scored all the same.
         """
-        work = _Work(items, salt, place, asyncio.get_running_loop().create_future(), time.perf_counter())
-        self._queue.append(work)
+        since = time.perf_counter()
+        turn = since + min(self.expected_seconds(len(items)), YIELD * self.deadline_seconds)
+        work = _Work(items, salt, place, asyncio.get_running_loop().create_future(), since, turn)
+        bisect.insort(self._queue, work, key=lambda one: one.turn)
         self._arrived.set()
         try:
             await work.done
@@ -144,7 +154,7 @@ class Batcher:
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
-        until = self._queue[0].since + self.wait_seconds
+        until = min(work.since for work in self._queue) + self.wait_seconds
         while self._queue and sum(work.left for work in self._queue) < self.batch_pairs:
             self._arrived.clear()
             try:
@@ -153,17 +163,17 @@ class Batcher:
                 return
 
     def _take(self) -> list[tuple[_Work, slice]]:
-        """The next batch; who has more than fits goes to the end of the queue with the rest."""
+        """The next batch; who has more than fits keeps its turn with the rest."""
         pieces, room = [], self.batch_pairs
         while self._queue and room:
-            work = self._queue.popleft()
+            work = self._queue[0]
             work.started = work.started or time.perf_counter()
             piece = slice(work.taken, work.taken + min(room, work.left))
             work.taken = piece.stop
             room -= piece.stop - piece.start
             pieces.append((work, piece))
-            if work.left:
-                self._queue.append(work)
+            if not work.left:
+                self._queue.pop(0)
         return pieces
 
     async def _score_pieces(self, pieces: list[tuple[_Work, slice]]) -> bool:
@@ -177,6 +187,7 @@ class Batcher:
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, items, salts)
         except Exception as error:
+            self._failed(len(items), len(pieces), error)
             if len(pieces) == 1 and not pieces[0][0].done.done():
                 pieces[0][0].done.set_exception(error)
             return False

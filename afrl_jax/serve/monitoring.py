@@ -6,9 +6,10 @@ import dataclasses
 import json
 import logging
 import re
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +26,34 @@ PAIRS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 def log(event: str, **fields: Any) -> None:
     """One line of JSON, on the logger `afrl_jax.serve`."""
-    LOGGER.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}))
+    LOGGER.info(_line(event, **fields))
+
+
+def _line(event: str, **fields: Any) -> str:
+    return json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields})
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON of every record. Ours are such lines already; of others the traceback is a field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `JsonLines`."""
+        if record.name == LOGGER.name:
+            return record.getMessage()
+        fields = {"logger": record.name, "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return _line("message", **fields)
+
+
+def log_to_stderr() -> None:
+    """All that this process logs, warnings and the choice of kernels included, becomes lines of JSON on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    for name in (LOGGER.name, "kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @dataclasses.dataclass
@@ -57,6 +85,8 @@ class Metrics:
         )
         self.batch_pairs = prometheus_client.Histogram("batch_pairs", "scored together", buckets=PAIRS, **named)
         self.batch_seconds = prometheus_client.Histogram("batch_seconds", "of a batch", buckets=SECONDS, **named)
+        failed = "not scored; of several requests, each was tried once more by itself"
+        self.failed_batches = prometheus_client.Counter("failed_batches", failed, **named)
         self.pairs = prometheus_client.Counter("pairs", "scored", **named)
         self.tokens = prometheus_client.Counter("prompt_tokens", "of scored pairs", **named)
         self.queue_pairs = prometheus_client.Gauge("queue_pairs", "admitted and not yet scored", **named)
@@ -89,10 +119,14 @@ class Monitored:
     """ASGI middleware: every request has an id, which is answered in x-request-id, a log line and its metrics.
 
     A failure that nobody foresaw is told and answered here, and raised again for the server to write down where it was.
+
+    Args:
+        paths: the routes that are told apart, also where a request is refused before it is routed; "/page/*" is
+            all that lies in a folder. Any other is "unknown": paths of clients have no end.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]):
+        self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Monitored`."""
@@ -119,7 +153,8 @@ class Monitored:
             raise
         finally:
             seconds = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "unknown")  # a template: paths of clients have no end
+            folder = scope["path"].rpartition("/")[0] + "/*"
+            route = next((path for path in (scope["path"], folder) if path in self.paths), "unknown")
             self.metrics.request(route, status, seconds, record)
             fields = {name: value for name, value in dataclasses.asdict(record).items() if value}
             for name in [name for name in fields if name.endswith("_seconds")]:

@@ -106,8 +106,6 @@ async def score(
     if len(texts) not in (1, len(documents)):
         wrong = f"{first}: {len(texts)} of them for {len(documents)} of {second}; 1 or as many"
         raise Refused(422, wrong, param=first)
-    if not all(texts):
-        raise Refused(422, f"{first}: a query is empty", param=first)
     queries = [wire.to_query(text, "", service.settings, first) for text in texts]
     pairs = list(zip(queries * (len(documents) // len(queries)), documents, strict=True))
     answer = await service.score(request, client, pairs, query_field=first)
@@ -215,18 +213,20 @@ async def events(
 
 
 def explanation(service: Service, grade: str, text: str) -> dict[str, Any] | None:
-    """The parts of a well-formed answer, and whether its verdict is the grade; None of any other."""
-    labels = service.scorer.labels
+    """The parts of a well-formed answer, and whether its verdict is the grade and its rule may lead there; None of any
+    other."""
+    labels, instruction = service.scorer.labels, service.scorer.model.format.instruction
     parsed = parse_answer(text, labels)
     if parsed is None:
         return None
-    reason, rule = parsed.explanation, service.scorer.model.format.instruction.rule(parsed.explanation.rule)
+    reason, rule = parsed.explanation, instruction.rule(parsed.explanation.rule)
+    led = parsed.verdict in rule.grades if rule else reason.rule == 0 or not instruction.rules
     parts: Sequence[tuple[str, str, str]] = list(zip(reason.need, reason.facts, reason.verdicts, strict=True))
     return {
         "constraints": [{"need": need, "fact": fact, "verdict": str(verdict)} for need, fact, verdict in parts],
         "rule": {"number": reason.rule, "text": rule.text if rule else None},
         "verdict": labels[parsed.verdict],
-        "consistent": labels[parsed.verdict] == grade,
+        "consistent": labels[parsed.verdict] == grade and led,
     }
 
 
@@ -249,12 +249,14 @@ async def info(service: ServiceHere, client: ClientHere) -> dict[str, Any]:
     return {"model": service.name, **service.scorer.describe(), "limits": limits}
 
 
+@about.head("/health", include_in_schema=False)
 @about.get("/health")
 async def health() -> dict[str, str]:
     """The process is alive."""
     return {"status": "ok"}
 
 
+@about.head("/ready", include_in_schema=False)
 @about.get("/ready", responses={503: {"model": ErrorBody, "description": "not ready"}})
 async def ready(service: ServiceHere) -> dict[str, bool]:
     """The model is loaded, its golden pairs have their scores, its shapes are compiled."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from afrl_jax.answer_format import PromptTokens
+from afrl_jax.calibration import Calibration
 from afrl_jax.explanations import explanations
 from afrl_jax.ranking_metrics import expected_grade
 from afrl_jax.schema import Document, Query
@@ -33,13 +34,13 @@ class Scorer:
 
     @property
     def calibrated(self) -> bool:
-        """Whether a calibration came with the model: without one, probabilities are what the softmax says."""
-        return bool(self.model.version)
+        """Whether a fitted calibration came with the model: without one, probabilities are what the softmax says."""
+        return self.model.calibration != Calibration.identity(len(self.labels))
 
     def encode(
         self, pairs: Sequence[tuple[Query, Document]], max_document_tokens: int | None, salt: bytes = b""
     ) -> list[PromptTokens]:
-        """Prompts of the pairs; documents are cut to the model's limit or `max_document_tokens`, the lesser."""
+        """Prompts of the pairs; documents are cut to the model's limit or `max_document_tokens` of their own."""
         prompts = self.model.format.encode_prompts(pairs, salt)
         if max_document_tokens is None:
             return prompts
@@ -47,18 +48,16 @@ class Scorer:
 
     def _shortened(self, prompt: PromptTokens, limit: int) -> PromptTokens:
         document, slot = np.split(prompt.document, [len(prompt.document) - self.model.format.slot_size])
-        return dataclasses.replace(prompt, document=np.concatenate([document[:limit], slot]))
+        document = document[: self.model.format.document_head_size + limit]
+        return dataclasses.replace(prompt, document=np.concatenate([document, slot]))
 
     def probabilities(self, prompts: Sequence[PromptTokens], salts: Sequence[bytes]) -> np.ndarray:
         """Calibrated probabilities [N, C] of the grades. Prompts share a prefix only with those of the same salt.
 
         Raises:
-            FloatingPointError: a probability is no number: better no answer than an order made up of it.
+            FloatingPointError: a probability is no number.
         """
-        found = self.model.calibration.apply(self.model.scorer.label_logprobs(prompts, salts=salts))
-        if not np.isfinite(found).all():
-            raise FloatingPointError("the model gave probabilities that are not numbers")
-        return found
+        return self.model.probabilities(self.model.scorer.label_logprobs(prompts, salts=salts))
 
     def graded(self, probabilities: np.ndarray) -> list[Graded]:
         """Rows [N, C] read: the decided grade, the probability of each, the expected grade in [0, 1]."""
@@ -83,9 +82,9 @@ class Scorer:
         for (told,) in explanations(model.scorer, model.format, prompts, grades, **fixed):
             yield told
 
-    def warm_up(self, pairs: int) -> None:
-        """Compile what batches of up to `pairs` pairs and explanations need; queries longer than usual come later."""
-        self.model.warm_up(pairs=pairs, explanation_tokens=self.max_explanation_tokens)
+    def warm_up(self, pairs: int, query_tokens: int) -> None:
+        """Compile what batches of up to `pairs` pairs and explanations need, for queries of up to `query_tokens`."""
+        self.model.warm_up(pairs=pairs, query_tokens=query_tokens, explanation_tokens=self.max_explanation_tokens)
 
     def describe(self) -> dict[str, Any]:
         """What /info tells of the model."""

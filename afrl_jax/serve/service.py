@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -23,8 +24,6 @@ from afrl_jax.serve.scorer import Scorer
 from afrl_jax.serve.settings import Settings
 
 Value = TypeVar("Value")
-# Half the deadline may be spent waiting: the rate it is judged by moves, and who is admitted shall be answered.
-WAITING_SHARE = 0.5
 
 
 @dataclasses.dataclass
@@ -72,15 +71,17 @@ class Service:
         try:
             loop = asyncio.get_running_loop()
             scorer = await loop.run_in_executor(self._executor, load)
-            await loop.run_in_executor(self._executor, scorer.warm_up, self.settings.batch_pairs)
+            query_tokens = min(self.settings.warm_query_tokens, self.settings.max_query_tokens)
+            await loop.run_in_executor(self._executor, scorer.warm_up, self.settings.batch_pairs, query_tokens)
             self.batcher = Batcher(
                 scorer.probabilities,
                 self._executor,
                 batch_pairs=self.settings.batch_pairs,
                 queue_pairs=self.settings.queue_pairs,
                 wait_seconds=self.settings.batch_wait_ms / 1e3,
-                longest_wait=WAITING_SHARE * self.settings.deadline_seconds,
+                deadline_seconds=self.settings.deadline_seconds,
                 observe=self.metrics.batch,
+                failed=self._batch_failed,
             )
             self.metrics.watch_queue(lambda: self.batcher.held)
             self._scorer = scorer
@@ -93,6 +94,11 @@ class Service:
     def close(self) -> None:
         """Let the thread of the model end."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _batch_failed(self, pairs: int, requests: int, error: Exception) -> None:
+        self.metrics.failed_batches.inc()
+        where = "".join(traceback.format_exception(error))
+        log("batch failed", pairs=pairs, requests=requests, error=repr(error), traceback=where)
 
     async def score(
         self,

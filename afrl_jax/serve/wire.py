@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AliasChoices, BaseModel, Field
 
-from afrl_jax.answer_format import one_line
 from afrl_jax.data.tables import as_text
 from afrl_jax.schema import Document, Query
 from afrl_jax.serve.refusals import Refused
@@ -58,9 +57,9 @@ class RerankRequest(Body):
     top_n: int | None = Field(None, ge=0, description="how many of the best to answer; 0 or none: all")
     return_documents: bool = Field(True, description="whether to repeat each document's text in the answer")
     rank_fields: Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="of documents with fields, those to be shown to the model"
+        None, description="of documents with fields, those to be shown to the model; each document has one at least"
     )
-    max_tokens_per_doc: int | None = Field(None, ge=1, description="cut documents to so many tokens")
+    max_tokens_per_doc: int | None = Field(None, ge=1, description="cut documents to so many tokens of their own")
 
 
 class Usage(BaseModel):
@@ -203,8 +202,10 @@ def to_query(text: str, context: str, settings: Settings, name: str = "query") -
     """The query, if it can be shown to the model.
 
     Raises:
-        Refused: 422, it or its context is too long, or no text.
+        Refused: 422, it is blank, or it or its context is too long, or no text.
     """
+    if not text.strip():
+        raise Refused(422, f"{name}: a query is empty", param=name)
     _check_text(name, text, settings.max_query_chars)
     _check_text("context", context, settings.max_query_chars)
     return Query("", text, context)
@@ -227,15 +228,16 @@ def to_document(body: DocumentBody, settings: Settings, name: str, rank_fields: 
     """A document of a request, which has it under that name.
 
     Raises:
-        Refused: 422, it is too long, nested, or no text.
+        Refused: 422, it is too long, nested, or no text, or has none of the `rank_fields`.
     """
     fields = {"text": body} if isinstance(body, str) else _fields(body, name)
+    # All of it is repeated in the answer, also what is not shown to the model.
+    _check_text(name, "".join([*fields, *fields.values()]), settings.max_document_chars)
     if rank_fields is not None and not isinstance(body, str):
         fields = {field: value for field, value in fields.items() if field in rank_fields}
-    _check_text(name, "".join([*fields, *fields.values()]), settings.max_document_chars)
-    title, text = fields.pop("title", ""), fields.pop("text", "")
-    # A line of a prompt is one field: no name may begin a line of its own.
-    return Document("", title, text, {one_line(field): value for field, value in fields.items()})
+        if not fields:
+            raise Refused(422, f"{name}: has none of the rank_fields", param=name)
+    return Document("", fields.pop("title", ""), fields.pop("text", ""), fields)
 
 
 def _check_text(name: str, text: str, limit: int) -> None:

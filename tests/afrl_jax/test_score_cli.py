@@ -14,8 +14,10 @@ import transformers
 
 from afrl_jax import score
 from afrl_jax.calibration import Calibration
+from afrl_jax.command_line import KERNELS
 from afrl_jax.data.readers import read_pairs
 from afrl_jax.decision import MOST_PROBABLE
+from kernels import implementation
 from sharding import distributed
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -162,7 +164,7 @@ def test_killed_it_goes_on_without_a_lost_or_repeated_row(export, tmp_path, monk
     bad = [json.loads(line) for line in (tmp_path / "killed.jsonl.bad.jsonl").read_text().splitlines()]
     assert [row["values"]["i"] for row in bad] == [1, 9]
     assert "pairs.jsonl:2: document: " in bad[0]["reason"] and "pairs.jsonl:10: query: " in bad[1]["reason"]
-    assert len(list(tmp_path.glob("killed*"))) == 2
+    assert len(list(tmp_path.glob("killed*"))) == 3
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -227,15 +229,60 @@ def test_wrong_arguments_are_told_in_one_message(export, causal, tmp_path, capsy
         assert "is a folder or the input itself" in capsys.readouterr().err
     assert len(source.read_text().splitlines()) == 3
     assert "--explain: a share" in refused(capsys, tmp_path, causal, ROWS, "--explain=2")
+    assert "unknown axis 'nonsense'" in refused(capsys, tmp_path, causal, ROWS, "--mesh=nonsense")
+    assert "does not cover 1 devices" in refused(capsys, tmp_path, causal, ROWS, "--mesh=fsdp=2")
 
 
 def test_calibration_of_one_label_moves_the_grade(tmp_path, tiny_model):
     model = tiny_model("llama", calibration=Calibration(1.0, (0.0, 50.0, 0.0)), decision=MOST_PROBABLE)
     numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", ROWS))))
-    rows, bad = score.score_chunk(model, numbered, False, 0.0)
+    rows, bad = score.score_chunk(model, numbered, False, 0.0, 8)
     assert bad == []
     assert [row["grade"] for row in rows] == ["2"] * 3
     assert [row["expected_grade"] for row in rows] == pytest.approx([2.0] * 3)
+
+
+def test_a_row_that_the_model_finds_no_number_for_is_a_bad_row(tmp_path, tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    found = model.label_logprobs
+
+    def spoilt(pairs):
+        logprobs = found(pairs)
+        logprobs[1] = np.nan
+        return logprobs
+
+    monkeypatch.setattr(model, "label_logprobs", spoilt)
+    numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", ROWS)), start=40))
+    answers = ["1\nMatch: ", "1\nMatch: \nRule: 7\nVerdict: 1"]
+    monkeypatch.setattr(model, "answers", lambda pairs, **_: answers[: len(pairs)])
+    rows, (bad,) = score.score_chunk(model, numbered, True, 1.0, 8)
+    assert [row["explanation_truncated"] for row in rows] == [True, False]
+    assert [row.get("query_id") for row in rows] == [7, None] and rows[1]["prompt_ids"]
+    assert bad["reason"].startswith("row 42: ") and "not numbers" in bad["reason"]
+    again = list(read_pairs(write(tmp_path / "bad.jsonl", [bad["values"]])))
+    assert again == [numbered[1][1]]  # the same pair
+    assert score.score_chunk(model, [numbered[0]] * 2, False, 0.0, 8)[0][0]["grade"] in model.format.labels
+
+
+def test_an_explanation_that_was_cut_off_says_so(export, tmp_path):
+    folder, model = export
+    asked = [(pair.query, pair.document) for pair in read_pairs(write(tmp_path / "pairs.jsonl", ROWS[:2]))]
+    for tokens in (3, 8):
+        rows = run(tmp_path, folder, ROWS[:2], "--explain=1", f"--explanation_tokens={tokens}")
+        assert [row["explanation"] for row in rows] == model.answers(asked, max_new_tokens=tokens)
+        assert [row["explanation_truncated"] for row in rows] == [True, True]
+
+
+def test_a_finished_command_scores_nothing_again(export, tmp_path, monkeypatch):
+    first = run(tmp_path, export[0], ROWS)
+    monkeypatch.setattr(score, "score_chunk", None)
+    assert run(tmp_path, export[0], tmp_path / "pairs.jsonl") == first
+
+
+def test_kernels_run_as_asked(export, tmp_path, capsys):
+    assert set(KERNELS) == {"auto", *implementation.NAMES}
+    run(tmp_path, export[0], ROWS, "--kernels=xla")
+    assert "label_head: xla, as asked for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["score", "evaluate"])

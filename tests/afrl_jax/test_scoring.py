@@ -101,6 +101,22 @@ def test_calibration_and_decision_make_what_is_served(tiny_model, pairs):
     assert strict.grades(strict.predict_proba(pairs)).tolist() == [0] * len(pairs)
 
 
+def test_no_grade_is_made_up_of_what_is_no_number(tiny_model, pairs):
+    model = tiny_model("qwen3", calibration=Calibration(1.0, (float("nan"), 0.0, 0.0)))
+    for call in (
+        lambda: model.predict_proba(pairs),
+        lambda: model.predict(pairs),
+        lambda: model.rank("chess", ["robots", "kids"]),
+        lambda: model.explain("chess", "robots"),
+    ):
+        with pytest.raises(FloatingPointError, match="not numbers"):
+            call()
+    found = np.zeros((3, 3))
+    found[1, 2] = np.nan
+    with pytest.raises(FloatingPointError, match="of 1 of 3 pairs, the first of them pair 1"):
+        tiny_model("qwen3").probabilities(found)
+
+
 def test_truncation_touches_the_document_alone(tiny_tokenizer, tiny_format, pairs):
     short = AnswerFormat(tiny_tokenizer, tiny_format.instruction, max_document_tokens=4)
     long_query = Query("q", "robots " * 60)

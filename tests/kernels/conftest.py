@@ -49,11 +49,14 @@ def interpreted():
 
 @pytest.fixture(scope="session", params=implementation.NAMES)
 def run(request, interpreted):
-    """A function: what `function(*arrays)` returns with every kernel by the implementation of this test."""
+    """A function: what `function(*arrays)` returns with every kernel by the implementation of this test.
+
+    On two cores: one alone races with nobody.
+    """
 
     def run(function, *arrays):
         with implementation.setting(request.param):
-            return interpreted(function, *arrays)
+            return interpreted(function, *arrays, cores=2)
 
     return run
 

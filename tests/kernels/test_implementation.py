@@ -3,6 +3,8 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from kernels import implementation
@@ -61,3 +63,32 @@ def test_under_a_mesh_of_several_devices_a_kernel_runs_inside_shard_map_only():
 def test_run_takes_what_is_chosen_for_this_platform(chosen):
     implementations = {"a": lambda x: x + 1, "b": lambda x: x + 2}
     assert implementation.run(chosen, implementations, jnp.array(40)) == 42
+
+
+@pytest.mark.parametrize("run", ["pallas_tpu"], indirect=True)
+@pytest.mark.parametrize("semantics", ["parallel", "arbitrary"])
+def test_a_kernel_that_races_is_found_out(run, semantics):
+    """Two programs add to one block: as they should one after the other, or both at a time."""
+
+    def kernel(x_ref, sum_ref):
+        @pl.when(pl.program_id(0) == 0)
+        def clear():
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+
+        sum_ref[...] += x_ref[...]
+
+    def total(x):
+        return pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[pl.BlockSpec((8, 128), lambda row: (row, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda row: (0, 0)),
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(semantics,)),
+        )(x)
+
+    if semantics == "parallel":
+        with pytest.raises(AssertionError, match="RACE DETECTED"):
+            run(total, jnp.ones((16, 128)))
+    else:
+        assert (run(total, jnp.ones((16, 128))) == 2).all()

@@ -144,7 +144,7 @@ function showExplanation(panel, { constraints, rule, verdict, consistent }) {
     cell.className = verdict;
   }
   panel.querySelector(".rule").textContent = `Decided by rule ${rule.number}${rule.text ? `: ${rule.text}` : ", which is none of the rulebook"}`;
-  if (!consistent) panel.querySelector(".warning").textContent = `The explanation ends with verdict ${verdict}, not with the grade: do not trust it.`;
+  if (!consistent) panel.querySelector(".warning").textContent = `Verdict ${verdict} by rule ${rule.number} does not go with the grade: do not trust this explanation.`;
   for (const part of panel.querySelectorAll("table, .rule")) part.hidden = false;
   panel.querySelector(".written").hidden = true;
 }

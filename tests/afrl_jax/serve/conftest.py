@@ -77,7 +77,7 @@ def slow_scorer(tiny_model):
             super().__init__(tiny_model("qwen3"), SETTINGS.max_explanation_tokens)
             self.batches = []
 
-        def warm_up(self, pairs):
+        def warm_up(self, pairs, query_tokens):
             pass
 
         def probabilities(self, prompts, salts):

@@ -28,7 +28,8 @@ def test_sigterm_lets_what_was_admitted_end(export, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # The first request waits 1.5 s for company: long enough to be interrupted.
-    options = ["--batch_wait_ms=1500", "--batch_pairs=3"]  # small batches: fewer shapes are compiled at start
+    # Batches are small: fewer shapes are compiled at start.
+    options = ["--batch_wait_ms=1500", "--kernels=xla", "--batch_pairs=3"]
     # A file: a pipe that nobody reads would fill while the server is asked for readiness.
     with (tmp_path / "log").open("w") as log:
         known = f"--api_keys={tmp_path / 'keys'}"
@@ -42,6 +43,10 @@ def test_sigterm_lets_what_was_admitted_end(export, tmp_path):
         except requests.ConnectionError:
             pass
         time.sleep(0.1)
+    with socket.create_connection(("127.0.0.1", port)) as rude:
+        rude.sendall(b"no HTTP\r\n\r\n")
+        while rude.recv(1000):
+            pass
     body = {"query": "chess", "documents": ["robots", "home"]}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(requests.post, f"{url}/rerank", json=body, headers=headers, timeout=30)
@@ -55,6 +60,8 @@ def test_sigterm_lets_what_was_admitted_end(export, tmp_path):
     assert server.wait(timeout=30) == 0
     errors = (tmp_path / "log").read_text()
     lines = [json.loads(line) for line in errors.splitlines()]
+    of_others = {line["logger"]: line["message"] for line in lines if line["event"] == "message"}
+    assert "Invalid HTTP request" in of_others["uvicorn.error"] and "xla, as asked for" in of_others["kernels"]
     (scored,) = [line for line in lines if line.get("pairs")]
     assert scored["client"] == "key 1" and scored["status"] == 200 and scored["tokens"] > 0
     assert scored["queue_ms"] > 500 and {"tokenize_ms", "compute_ms", "total_ms", "request_id"} <= scored.keys()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from afrl_jax.serve.settings import Settings
+from tests.absent import absent
 from tests.browser import EXECUTABLE, Browser
 
 ANSWER = "\nMatch: topic chess | chess | met; for kids | adults | violated\nRule: 4\nVerdict: "
@@ -44,7 +45,7 @@ def keyed(serving, slow_scorer):
 @pytest.fixture
 def browser(tmp_path):
     if EXECUTABLE is None:
-        pytest.skip("no chromium or google-chrome on the path")
+        absent("no chromium or google-chrome on the path")
     opened = Browser(tmp_path / "profile")
     yield opened
     opened.close()

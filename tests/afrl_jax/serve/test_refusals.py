@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 
@@ -14,6 +15,7 @@ import requests
 from afrl_jax.calibration import Calibration
 from afrl_jax.schema import Document, Query
 from afrl_jax.serve.keys import read_keys
+from afrl_jax.serve.monitoring import JsonLines
 from afrl_jax.serve.scorer import Scorer
 from afrl_jax.serve.settings import Settings
 
@@ -29,6 +31,10 @@ WRONG = [
     (RERANK, GOOD | {"documents": ["a"] * 9}, "documents", "9 of them; 1 to 8"),
     (RERANK, GOOD | {"documents": ["a", "b" * 50_001]}, "documents[1]", "50000 are allowed"),
     (RERANK, GOOD | {"documents": ["a", {"note": "\udfff"}]}, "documents[1]", "surrogate"),
+    (RERANK, GOOD | {"query": " \n"}, "query", "empty"),
+    (RERANK, GOOD | {"documents": [{"text": "b", "n": "\ud800"}], "rank_fields": ["text"]}, "documents[0]", "surroga"),
+    (RERANK, GOOD | {"documents": ["a", {"text": "b"}], "rank_fields": ["note"]}, "documents[1]", "none of the rank"),
+    (RERANK, GOOD | {"documents": [{"text": "b"}], "rank_fields": []}, "documents[0]", "none of the rank_fields"),
     (RERANK, GOOD | {"documents": ["a", {"text": 3}]}, "documents[1].text", "valid string"),
     (RERANK, GOOD | {"documents": [{"text": "a", "tags": [["b"]]}]}, "documents[0].tags", "or a list of these"),
     (RERANK, GOOD | {"documents": [3] * 8}, "documents[0]", "valid string"),
@@ -39,6 +45,8 @@ WRONG = [
     (SCORE, {"queries": ["a", "b"], "documents": ["a", "b", "c"]}, "queries", "2 of them for 3 of documents"),
     (SCORE, {"text_1": "", "text_2": ["a"]}, "text_1", "empty"),
     (SCORE, {"text_1": None, "data_1": "", "text_2": ["a"]}, "data_1", "empty"),
+    (SCORE, {"text_1": ["a", " "], "text_2": ["a", "b"]}, "text_1", "empty"),
+    (SCORE, {"query": " ", "items": ["b"]}, "query", "empty"),
     (SCORE, {"queries": "a", "items": ["b" * 50_001]}, "items[0]", "50000 are allowed"),
     (SCORE, {"queries": 3, "items": ["b"]}, "queries", "valid string"),
     (SCORE, {"text_1": [], "text_2": ["a"]}, "text_1", "0 of them for 1"),
@@ -121,6 +129,7 @@ def test_keys_let_in_and_stay_unseen(serving, slow_scorer, caplog):
         for path in ("/health", "/ready", "/metrics", "/"):
             assert server.get(path).status_code == 200
         assert server.post(RERANK, GOOD, key="second-secret").status_code == 200
+        assert 'route="/v1/rerank",status="401"} 6.0' in server.get("/metrics").text
         salts = [server.service.keys.client(key).salt for key in ("first-secret", "second-secret")]
     assert salts[0] != salts[1]
     lines = [json.loads(record.message) for record in caplog.records]
@@ -137,6 +146,27 @@ def test_prompts_of_two_keys_share_nothing(tiny_model):
     assert list(scorer.explanation(prompts[1], "1", 2, b"b")) and kept.hits == 1
     assert list(scorer.explanation(prompts[1], "1", 2, b"c")) and kept.hits == 1 and len(kept) == 3
     assert abs(apart - scorer.probabilities(prompts, [b""] * 3)).max() < 1e-5
+
+
+def test_what_is_kept_for_one_key_serves_no_other(serving, tiny_model):
+    class Cold(Scorer):
+        def warm_up(self, pairs, query_tokens):
+            pass
+
+    model = tiny_model("qwen3")
+    kept, documents = model.scorer.kept, model.format._documents
+    with serving(lambda: Cold(model, 4), keys=("one", "two")) as server:
+        for key, explain, entries, hits in (
+            ("one", False, 1, 0),
+            ("two", False, 2, 0),
+            ("one", False, 2, 1),
+            ("two", True, 2, 3),  # once for the grade, once for the explanation
+        ):
+            before = documents.hits
+            body = {"query": "chess", "document": "home for one only", "explain": explain}
+            assert server.post(RELEVANCE, body, key=key).status_code == 200
+            assert (len(kept), kept.hits) == (entries, hits), key
+            assert documents.hits - before == (hits > 0)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n\n", "a b\n", "schlüssel\n"])
@@ -182,6 +212,9 @@ def test_a_failure_is_told_to_the_one_it_belongs_to(serving, slow_scorer, caplog
         assert [answer.status_code for answer in answers] == [200, 500, 200, 200, 500, 200]
         assert "results" not in answers[1].json() and refused(answers[1], 500, "scoring_failed")
         assert "a bad document" not in answers[1].text and "a bad document" in caplog.text
+        failed = [line for record in caplog.records if (line := json.loads(record.message))["event"] == "batch failed"]
+        assert len(failed) >= 2 and all("in probabilities" in line["traceback"] for line in failed)
+        assert f"afrl_failed_batches_total {len(failed)}.0" in server.get("/metrics").text
         assert server.service.batcher.held == 0
 
 
@@ -199,6 +232,18 @@ def test_what_nobody_foresaw_has_an_id_and_a_line(serving, slow_scorer, caplog):
     lines = [json.loads(record.message) for record in caplog.records if record.name == "afrl_jax.serve"]
     (line,) = [line for line in lines if line.get("request_id") == "one"]
     assert line["status"] == 500 and line["error"] == "KeyError('a secret of ours')"
+
+
+def test_what_others_log_is_one_line_with_its_traceback():
+    try:
+        raise KeyError("\n")
+    except KeyError:
+        fields = {"name": "uvicorn.error", "levelname": "ERROR", "msg": "in %s\n", "args": ("it",)}
+        told = JsonLines().format(logging.makeLogRecord(fields | {"exc_info": sys.exc_info()}))
+    assert "\n" not in told
+    line = json.loads(told)
+    assert (line["event"], line["logger"], line["message"]) == ("message", "uvicorn.error", "in it\n")
+    assert line["traceback"].startswith("Traceback") and "test_refusals.py" in line["traceback"]
 
 
 def test_probabilities_that_are_no_numbers_are_a_failure(tiny_model):
@@ -258,11 +303,18 @@ def test_who_leaves_frees_the_place(serving, slow_scorer):
 def test_explanations_have_places_of_their_own(serving, slow_scorer):
     class Explaining(slow_scorer):
         go_on = threading.Event()
+        steps = 0
 
         def explanation(self, prompt, grade, max_new_tokens, salt):
             yield grade, False
             self.go_on.wait(timeout=10)
+            for _ in range(self.more):
+                self.steps += 1
+                time.sleep(0.01)
+                yield grade + "!" * self.steps, False
             yield grade + "!", True
+
+        more = 0
 
     scorer = Explaining()
     body = {"query": "x", "document": "robots", "explain": True}
@@ -273,14 +325,18 @@ def test_explanations_have_places_of_their_own(serving, slow_scorer):
             assert refused(server.post(RELEVANCE, body), 429, "overloaded")
             scorer.go_on.set()
             assert b"event: done" in list(lines)
-        scorer.go_on.clear()
+        scorer.more = 1000  # for 10 s
         with requests.post(server.url + RELEVANCE, json=body, stream=True, timeout=10) as stream:
-            next(stream.iter_lines(chunk_size=1))  # and leaves
-        scorer.go_on.set()
+            assert b'data: {"text": "!"}' in stream.iter_lines(chunk_size=1)  # and leaves
         until = time.monotonic() + 5
-        while server.post(RELEVANCE, body).status_code == 429:
+        while server.service._explaining:
             assert time.monotonic() < until
             time.sleep(0.01)
+        stopped = scorer.steps
+        time.sleep(0.2)
+        assert scorer.steps <= stopped + 1 < 900  # one was being written
+        scorer.more = 0
+        assert server.post(RELEVANCE, body).status_code == 200
 
 
 def test_an_explanation_that_fails_leaves_the_grade(serving, slow_scorer):

@@ -6,10 +6,14 @@ import cohere
 import httpx
 import numpy as np
 import pytest
+import requests
 
+from afrl_jax.calibration import Calibration
 from afrl_jax.data.judgment_rows import document_of
 from afrl_jax.data.tables import Problems, read_rows
 from afrl_jax.schema import Document, Query
+from afrl_jax.serve.scorer import Scorer
+from afrl_jax.serve.settings import Settings
 
 DOCUMENTS = ["Sourdough at home", "Chess openings", "robots", "Chess openings for kids"]
 QUERY = "chess for kids"
@@ -86,7 +90,8 @@ def test_documents_are_cut_to_the_tokens_asked_for(running):
     whole = server.post("/rerank", {"query": QUERY, "documents": [long]}).json()
     slot, prefix = model.format.tokenizer.encode("\nGrade: "), model.format.prefix_text
     head = len(model.format.tokenizer.encode(prefix(Query("", QUERY))))
-    assert shortened["usage"]["total_tokens"] == head + 5 + len(slot)
+    assert model.format.document_head_size == len(model.format.tokenizer.encode("\nDocument:")) > 1
+    assert shortened["usage"]["total_tokens"] == head + model.format.document_head_size + 5 + len(slot)
     assert whole["usage"]["total_tokens"] == head + model.format.max_document_tokens + len(slot)
 
 
@@ -197,6 +202,48 @@ def test_what_is_told_of_the_service(running):
     docs = server.get("/docs")
     assert "default-src 'self'" in docs.headers["content-security-policy"] and "://" not in docs.text
     assert server.get("/redoc").status_code == 404
+    for path in ("/health", "/ready"):
+        assert requests.head(server.url + path, timeout=60).status_code == 200
+        assert server.post(path).status_code == 405
+
+
+@pytest.mark.parametrize("calibration", [Calibration(1.0, (0.0, 0.0, 0.0)), Calibration(1.0, (0.0, 0.1, 0.0))])
+def test_calibrated_is_what_was_fitted(tiny_model, calibration):
+    exported_untouched = Scorer(tiny_model("qwen3", version="f00d", calibration=calibration), 12)
+    assert exported_untouched.calibrated == any(calibration.bias)
+
+
+def test_an_explanation_is_consistent_where_its_rule_may_lead_to_its_grade(serving, slow_scorer):
+    """Of the rules, 4 leads to the first grade alone and 7 to the third; 5 is none."""
+    found = {}
+
+    class Writing(slow_scorer):
+        rule = 7
+
+        def explanation(self, prompt, grade, max_new_tokens, salt):
+            yield f"{grade}\nMatch: a | b | met\nRule: {self.rule}\nVerdict: {grade}", True
+
+    scorer = Writing()
+    with serving(lambda: scorer) as server:
+        for scorer.rule in (4, 7, 5, 0):
+            told = sse(server.post("/v1/relevance", {"query": "x", "document": "robots", "explain": True}))
+            assert told[0][1]["grade"] == "3"
+            (explained,) = [data for name, data in told if name == "explanation"]
+            found[scorer.rule] = explained["verdict"], explained["consistent"]
+    assert found == {4: ("3", False), 7: ("3", True), 5: ("3", False), 0: ("3", True)}
+
+
+def test_how_long_queries_are_prepared_for_is_a_setting(serving, slow_scorer):
+    asked = []
+
+    class Warming(slow_scorer):
+        def warm_up(self, pairs, query_tokens):
+            asked.append((pairs, query_tokens))
+
+    for changes in ({}, {"warm_query_tokens": 70}, {"warm_query_tokens": 70, "max_query_tokens": 50}):
+        with serving(Warming, Settings(**changes)):
+            pass
+    assert asked == [(64, 32), (64, 70), (64, 50)]
 
 
 def test_metrics_count_what_was_done(running):
@@ -211,8 +258,17 @@ def test_metrics_count_what_was_done(running):
     assert value("afrl_pairs_total") == before[0] + 4
     assert value('afrl_requests_total{route="/v1/rerank",status="200"}') == before[1] + 1
     assert value("afrl_queue_pairs") == 0
-    server.get("/" + "x" * 40)
-    assert 'route="unknown",status="404"' in server.get("/metrics").text
+    for method, path, route, status in (
+        ("get", "/" + "x" * 40, "unknown", 404),
+        ("get", "/", "/", 200),
+        ("get", "/docs", "/docs", 200),
+        ("get", "/openapi.json", "/openapi.json", 200),
+        ("get", "/page/page.css", "/page/*", 200),
+        ("get", "/page/none/of/these", "unknown", 404),
+        ("get", "/v1/rerank", "/v1/rerank", 405),
+    ):
+        assert getattr(server, method)(path).status_code == status
+        assert f'route="{route}",status="{status}"' in server.get("/metrics").text
 
 
 def test_a_request_has_an_id(running):
