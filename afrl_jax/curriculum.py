@@ -48,9 +48,10 @@ class Chosen:
 def choose_prompts(accuracy: np.ndarray, count: int, group: int, rng: np.random.Generator) -> Chosen:
     """Dynamic sampling: `count` of the pool's prompts, each taken with the probability that its group is mixed.
 
-    That is the selection which drawing every group and dropping those without variance makes on average (DAPO, arXiv
-    2503.14476), for the price of a prefill instead of G answers. Where too few are taken, the likeliest of the others
-    fill up, so a step has always as many prompts. Places keep their order in the pool.
+    That is the selection of prompts which drawing every group and dropping those without variance makes on average
+    (DAPO, arXiv 2503.14476), for the price of a prefill instead of G answers. Their groups are drawn after that, so
+    some are dead all the same: "practised/mixed_groups" is the expected share of those that are not. Where too few are
+    taken, the likeliest of the others fill up, so a step has always as many prompts. Places keep their order.
 
     Args:
         accuracy: float [K], K at least `count`, the probability of the gold label of each prompt of the pool.

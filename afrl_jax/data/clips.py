@@ -44,9 +44,9 @@ each rule decides this share (a clip fires the rules of two different grades in 
       32      1     0.74  two or more things not stated
       33      2     0.75  season or episode not stated
       34      2     4.97  one thing not stated
-      35      3     3.56  the very episode
+      35      3     3.56  the very episode and all else met
       36      3     3.21  the named creator and all else met
-      37      3     2.52  a broad wish and the category fits
+      37      3     2.52  a broad wish and all of it fits
       38      3    17.08  all constraints met
 """
 

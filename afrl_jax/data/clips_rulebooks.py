@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -19,12 +20,14 @@ from afrl_jax.data import clips
 from afrl_jax.data.clips_catalogue import pick
 from afrl_jax.data.clips_rules import RULES, Decision
 from afrl_jax.data.clips_wordings import HELD_OUT, NUMBER_OF_WORDING, TRAINED
-from afrl_jax.data.conditions import ELSE, Case, candidates, parse
+from afrl_jax.data.conditions import ELSE, Case, candidates, parse, readable
 from afrl_jax.schema import Instruction, Judgment, Query, Rule
 
 ELSE_GRADE = 3  # of what no rule speaks of: an assessor without a rule against it lets it pass
-# The rules that decide less than 1% of the natural pairs: measured, see `clips`.
-TAIL_RULES = (1, 3, 4, 5, 7, 8, 11, 15, 16, 17, 18, 19, 20, 21, 28, 29, 31, 32, 33)
+# The rules that decide less than 1% of the pairs that `natural_frequencies` counts.
+TAIL_RULES = (1, 3, 4, 5, 7, 8, 11, 15, 16, 17, 18, 19, 26, 28, 29, 31, 32, 33)
+_LONGEST_FIRST = "|".join(map(re.escape, sorted(NUMBER_OF_WORDING, key=len, reverse=True)))
+_WORDED = re.compile(f"(^| and | or | except )({_LONGEST_FIRST})(?=$| and | or | except )")
 _REGRADED, _CONDITIONED = 0.1, 0.3  # chance of a rule to lead to another grade; of an instruction to have conditions
 
 
@@ -68,15 +71,22 @@ def base_instruction() -> Instruction:
 def deciding_rule(instruction: Instruction, decided: Decided) -> Rule | None:
     """The first rule of the instruction that applies, whether it is worded as in the rulebook or is a condition.
 
-    A text that is neither never applies.
+    A text that is neither never applies: see `unreadable`.
     """
-    case = Case.of(decided.judgment)
-    for rule in instruction.rules:
-        condition = rule.text.rpartition(": ")[0]
-        number = NUMBER_OF_WORDING.get(condition)
-        if parse(condition)(case) if number is None else number in decided.decision.fired:
-            return rule
-    return None
+    case = Case.of(decided.judgment, decided.decision.fired)
+    holds = (rule for rule in instruction.rules if parse(_condition(rule.text))(case))
+    return next(holds, None)
+
+
+def unreadable(instruction: Instruction) -> list[str]:
+    """The rules that are neither worded as in the rulebook nor conditions, in any combination of these."""
+    return [rule.text for rule in instruction.rules if not readable(_condition(rule.text))]
+
+
+@functools.lru_cache(maxsize=65536)
+def _condition(text: str) -> str:
+    """The condition of a rule, with "rule <n>" for what the rulebook words."""
+    return _WORDED.sub(lambda found: f"{found[1]}rule {NUMBER_OF_WORDING[found[2]]}", text.rpartition(": ")[0])
 
 
 def grade_under(instruction: Instruction, decided: Decided) -> int:

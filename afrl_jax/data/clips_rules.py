@@ -279,9 +279,9 @@ _TABLE: tuple[_Row, ...] = (
     ("two or more things not stated", 1, 2, (), lambda c: len(c.unknown) >= 2),
     ("season or episode not stated", 2, 7, ("series", "episode"), lambda c: bool(c.unknown & {"season", "episode"})),
     ("one thing not stated", 2, 7, (), lambda c: len(c.unknown) == 1),
-    ("the very episode", 3, 30, ("series", "episode"), lambda c: c.all_met and "episode" in c.asked),
+    ("the very episode and all else met", 3, 30, ("series", "episode"), lambda c: c.all_met and "episode" in c.asked),
     ("the named creator and all else met", 3, 26, ("creator",), lambda c: c.all_met and "creator" in c.asked),
-    ("a broad wish and the category fits", 3, 26, ("category",), lambda c: c.all_met and "category" in c.asked),
+    ("a broad wish and all of it fits", 3, 26, ("category",), lambda c: c.all_met and "category" in c.asked),
     ("all constraints met", 3, 22, (), lambda c: c.all_met),
 )  # fmt: skip
 

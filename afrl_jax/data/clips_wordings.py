@@ -21,7 +21,7 @@ _WORDINGS = (
     ("the series but another episode", "wrong episode of the right series", "the episode is another one"),
     ("reaction or parody not asked for", "only a reaction or a parody", "nobody asked for a reaction or parody"),
     ("trailer not asked for", "only a trailer", "nobody asked for a trailer"),
-    ("a review or interview about the series", "only talks about the series",
+    ("a review or interview of the series not asked for", "only talks about the series",
      "about the series and not the series"),
     ("the topic but by another creator", "right topic and wrong creator", "the topic fits but the creator is another"),
     ("the latest was asked and it is over three years old", "much too old for the latest",
@@ -44,10 +44,12 @@ _WORDINGS = (
     ("more than one thing is not stated", "several things not stated", "two things or more not stated"),
     ("does not state the season or episode", "season or episode missing", "the season or the episode is not stated"),
     ("a single thing is not stated", "does not state one thing", "one thing and only one is not stated"),
-    ("exactly the episode asked", "the episode that was asked for", "it is that very episode"),
+    ("the episode asked and all else right", "the episode that was asked for and nothing missed",
+     "it is that very episode and nothing missed"),
     ("by the creator asked and all else is right", "right creator and nothing missed",
      "the creator and all else is right"),
-    ("a category was asked and it is right", "of the category that was asked", "the category fits a broad wish"),
+    ("a category was asked and all is right", "of the category that was asked and nothing missed",
+     "the category asked and nothing missed"),
     ("everything asked is met", "nothing missed", "all that was asked fits"),
 )  # fmt: skip
 TRAINED: tuple[tuple[str, ...], ...] = tuple((rule.text, *row[:2]) for rule, row in zip(RULES, _WORDINGS, strict=True))

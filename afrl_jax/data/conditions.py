@@ -13,6 +13,7 @@ A feature speaks of one judged pair. Of the explanation, where the pair has one 
     <head> at most <n> | <head> at least <n>              latest at most 2020: violated, and by which number
     several violated | several not stated                 at least two
     all met
+    rule <n>                                              which applies in a rulebook, whether or not it decides
 
 and of the words, for every pair: `<field> <value> not asked` (kind trailer not asked), `<field> has <value>` for a
 field that lists values (`has <value>` where that is its name), and how the query's words and numbers occur in the
@@ -41,6 +42,12 @@ NO_WORD, FEW_WORDS, ALL_WORDS, TITLE_WORDS, NO_NUMBER, NO_TEXT = (
 ELSE = "anything else"
 _JOINTS = " and ", " or ", " except ", ": ", "\n"
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_FORMS = re.compile(
+    r"\S.* (met|violated|not stated|twice over|not asked)|\S.* (but|has) \S.*|has \S.*|rule \d+|"
+    + "|".join(
+        (SEVERAL_VIOLATED, SEVERAL_UNKNOWN, ALL_MET, NO_WORD, FEW_WORDS, ALL_WORDS, TITLE_WORDS, NO_NUMBER, NO_TEXT)
+    )
+)
 _CUT = re.compile(r"(\S+) at (most|least) (\d+)")
 
 
@@ -51,16 +58,18 @@ class Case:
     query: Query
     document: Document
     explanation: Explanation | None = None
+    fired: tuple[int, ...] = ()  # rules of a rulebook that apply, whether or not another one decides
 
     @classmethod
-    def of(cls, judgment: Judgment) -> Case:
+    def of(cls, judgment: Judgment, fired: tuple[int, ...] = ()) -> Case:
         """The case of a judgment; what depends on an explanation never holds where there is none."""
-        return cls(judgment.query, judgment.document, judgment.explanation)
+        return cls(judgment.query, judgment.document, judgment.explanation, fired)
 
     @functools.cached_property
     def features(self) -> frozenset[str]:
         """Every feature that holds, but for the cuts, which are without number; none reads like two."""
-        found = (*_explained(self.explanation), *_fields(self), *_words(self))
+        rules = (f"rule {number}" for number in self.fired)
+        found = (*_explained(self.explanation), *_fields(self), *_words(self), *rules)
         return frozenset(feature for feature in found if not any(mark in feature for mark in _JOINTS))
 
     @functools.cached_property
@@ -160,6 +169,14 @@ def _feature(text: str) -> Callable[[Case], bool]:
             return lambda case: head in case.numbers and case.numbers[head] <= number
         return lambda case: head in case.numbers and case.numbers[head] >= number
     return lambda case: text in case.features
+
+
+def readable(condition: str) -> bool:
+    """Whether every feature of the condition is of a form above, so that it can ever hold."""
+    return all(
+        feature == ELSE or _CUT.fullmatch(feature) or _FORMS.fullmatch(feature)
+        for feature in re.split(" and | or | except ", condition)
+    )
 
 
 def candidates(cases: Sequence[Case], least: int = 3) -> list[str]:

@@ -14,13 +14,15 @@ folder gives disjoint parts; and `explained`: False leaves the explanation out, 
 from __future__ import annotations
 
 import dataclasses
+import typing
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from afrl_jax.data import clips, clips_contrasts, clips_rulebooks
 from afrl_jax.data.readers import read_judgments
 from afrl_jax.schema import DomainText, Instruction, Judgment
+from lm_jax.typed_config import typed_value
 
 
 def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: int) -> list[Judgment]:
@@ -30,12 +32,14 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
         ValueError: an explanation names a rule that the instruction does not have, or that allows other grades.
     """
     arguments = dict(source)
-    low, high = arguments.pop("keep", (0.0, 1.0))
-    explained = arguments.pop("explained", True)
+    low, high = keep = typed_value(arguments.pop("keep", (0.0, 1.0)), tuple[float, float], "keep")
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"keep: {keep} must be two numbers from 0 to 1, the lower first")
+    explained = typed_value(arguments.pop("explained", True), bool, "explained")
     generator = GENERATORS.get(arguments.get("format"))
     if generator:
         del arguments["format"]
-        judgments = list(generator(seed, **arguments))
+        judgments = list(generator(seed, **_typed(generator, arguments)))
     else:
         judgments = read_judgments(arguments, instruction.scale)
         if instruction.rules:
@@ -47,18 +51,26 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
 def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
     """The domain texts of a source; only clips has a generator of its own."""
     arguments = dict(source)
-    if arguments.pop("format", None) != "clips_text":
-        raise ValueError(f"a text stage reads a source of format 'clips_text'; got {dict(source)}")
+    if arguments.pop("format", None) != TEXTS:
+        raise ValueError(f"a text stage reads a source of format {TEXTS!r}; got {dict(source)}")
     if "texts" not in arguments:
-        raise ValueError("a source of format 'clips_text' needs texts: how many")
-    return list(clips.domain_texts(seed, count=arguments.pop("texts"), **arguments))
+        raise ValueError(f"a source of format {TEXTS!r} needs texts: how many")
+    count = typed_value(arguments.pop("texts"), int, "texts")
+    return list(clips.domain_texts(seed, count=count, **_typed(clips.domain_texts, arguments)))
 
 
+TEXTS = "clips_text"  # the format that has texts; all others have judgments
 GENERATORS = {
     "clips": clips.judgments,
     "clips_contrasts": clips_contrasts.judgments,
     "clips_rulebooks": clips_rulebooks.judgments,
 }
+
+
+def _typed(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, those that the function declares of its types, else ValueError; calling it tells of any other."""
+    hints = typing.get_type_hints(function)
+    return {key: typed_value(value, hints.get(key, Any), key) for key, value in arguments.items()}
 
 
 def _check_rules(judgments: Sequence[Judgment], instruction: Instruction) -> None:

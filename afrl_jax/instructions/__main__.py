@@ -13,7 +13,8 @@
 
   ... --proposer=language_model --base_url=https://host/v1 --language_model=NAME --calls=200 --tokens=400000
       A language model proposes the edits. Its key is read from OPENAI_API_KEY (--key_variable names another); every
-      answer is kept in the workdir, so running again costs nothing.
+      answer is kept in the workdir, so running again costs nothing. Without --base_url a model folder or .gguf file is
+      run in process.
 
   python -m afrl_jax.instructions synthesize --output=data/synthetic --per_rule=20 [--instruction=FILE]
       Judged, explained examples for every rule, from the catalogue of clips; two labellers agree on each.
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afrl_jax.command_line import told_plainly
+from afrl_jax.instructions import BUDGET, CONNECTION
 from lm_jax.program import before_jax
 
 if TYPE_CHECKING:
@@ -45,9 +47,6 @@ if TYPE_CHECKING:
 
 CLIPS_PAIRS = 8  # documents a query in the built-in world
 CLIPS_QUERIES = 300  # of dev_new there
-# May be others when a run is taken up again: the server, and the budget.
-CONNECTION = ("base_url", "key_variable")
-BUDGET = ("calls", "tokens", "money", "prompt_price", "completion_price")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--seed", type=int, default=0)
     for command in (evolve, explain):
         command.add_argument("--base_url", default="", help="of an OpenAI-compatible server, such as https://host/v1")
-        command.add_argument("--language_model", default="", help="its model")
+        command.add_argument("--language_model", default="", help="its model; or a folder or .gguf file")
         command.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable with the key")
         command.add_argument("--calls", type=int, default=500, help="budget: calls of the language model")
         command.add_argument("--tokens", type=int, default=1_000_000, help="budget: tokens of prompts and answers")
@@ -85,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evolve.add_argument("--epsilon", type=float, default=0.1, help="recall that a rule may lose on dev_replay")
     make.add_argument("--output", type=Path, required=True)
     make.add_argument("--per_rule", type=int, default=10, help="examples of each kind")
+    make.add_argument("--evaluation", type=Path, help="judgments folder whose queries no example may come near")
     explain.add_argument("--output", type=Path, required=True)
     explain.add_argument("--judgments", type=Path, required=True)
     parsed = parser.parse_args(arguments)
@@ -110,6 +110,7 @@ def _evolve(parsed: argparse.Namespace) -> None:
     from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
     from afrl_jax.instructions.synthesis import read_the_words
     from afrl_jax.scoring import RelevanceModel
+    from lm_jax import run_log
     from lm_jax.run_folder import RunFolder
 
     chat = _chat(parsed)
@@ -162,6 +163,8 @@ def _evolve(parsed: argparse.Namespace) -> None:
         frequency = clips_rulebooks.natural_frequencies()
         ideal = IdealReader(one for some in decided.values() for one in some)
         judge = ModelJudge(RelevanceModel.load(parsed.model)) if parsed.model else ideal
+        if not parsed.model and settings.proposer == "language_model":
+            run_log.say("the judge without --model reads conditions alone: an edit in free words cannot stand")
     free = ("workdir", *CONNECTION, *BUDGET)
     config = {name: None if value is None else str(value) for name, value in vars(parsed).items() if name not in free}
     # What lies under these paths may have become another.
@@ -183,7 +186,8 @@ def _digest_of(judgments: Sequence[Judgment]) -> str:
 def _synthesize(parsed: argparse.Namespace) -> None:
     from afrl_jax import relevance_file
     from afrl_jax.data import clips_rulebooks
-    from afrl_jax.instructions.dataset_folder import write_synthesized
+    from afrl_jax.data.readers import read_judgments
+    from afrl_jax.instructions.dataset_folder import refuse_others_judgments, write_synthesized
     from afrl_jax.instructions.probe import ModelJudge
     from afrl_jax.instructions.synthesis import as_labeller, read_the_words, synthesize
     from afrl_jax.scoring import RelevanceModel
@@ -191,9 +195,13 @@ def _synthesize(parsed: argparse.Namespace) -> None:
 
     if parsed.model and relevance_file.read(parsed.model) is None:
         raise ValueError(f"{parsed.model} is no relevance model: a second labeller is asked without calibration")
+    refuse_others_judgments(parsed.output)
     instruction = _instruction(parsed.instruction) if parsed.instruction else clips_rulebooks.full_rulebook()
     second = as_labeller(ModelJudge(RelevanceModel.load(parsed.model))) if parsed.model else read_the_words
-    dev = [one.judgment.query.text for one in clips_rulebooks.decided_groups(0, "test", 300, 1)]
+    if parsed.evaluation:
+        dev = [one.query.text for one in read_judgments({"path": parsed.evaluation}, instruction.scale)]
+    else:
+        dev = [one.judgment.query.text for one in clips_rulebooks.decided_groups(0, "test", 300, 1)]
     made = synthesize(instruction, parsed.per_rule, seed=parsed.seed, second=second, evaluation_queries=dev)
     facts = {"catalogue": "clips", "seed": parsed.seed, "second labeller": parsed.model or "reads the words alone"}
     figures = write_synthesized(parsed.output, made, instruction, facts)
@@ -202,20 +210,30 @@ def _synthesize(parsed: argparse.Namespace) -> None:
 
 def _explain(parsed: argparse.Namespace) -> None:
     from afrl_jax.data.readers import read_judgments
-    from afrl_jax.instructions.dataset_folder import write_explained
-    from afrl_jax.instructions.explanations import explain
+    from afrl_jax.instructions.budget import BudgetExceeded
+    from afrl_jax.instructions.client import ChatClient
+    from afrl_jax.instructions.dataset_folder import refuse_others_judgments, write_explained
+    from afrl_jax.instructions.explanations import explain, most
     from afrl_jax.relevance_file import DEFAULT_INSTRUCTION
     from lm_jax import run_log
 
     if parsed.output.exists() and parsed.judgments.exists() and parsed.output.samefile(parsed.judgments):
         raise ValueError(f"--output: {parsed.output} holds the judgments themselves; give another folder")
+    refuse_others_judgments(parsed.output)
     chat = _chat(parsed)
     instruction = _instruction(parsed.instruction) if parsed.instruction else DEFAULT_INSTRUCTION
     client = chat.client(parsed.output / "language_model_calls")
     judgments = read_judgments({"path": parsed.judgments}, instruction.scale)
-    run_log.say(f"{len(judgments):,} pairs to explain; budget: {client.budget.describe()}")
+    run_log.say(f"{len(judgments):,} pairs to explain")
+    if isinstance(client, ChatClient):
+        needed, left = most(client, judgments, instruction), chat.calls - client.budget.spent.calls
+        told = f"at most {needed.calls:,} calls and {needed.tokens:,} tokens of {chat.model}, if none fails"
+        run_log.say(f"{told}; budget: {client.budget.describe()}")
+        if needed.calls > left:
+            raise BudgetExceeded(f"budget of calls: {needed.calls:,} are needed and {left:,} are left; raise --calls")
     kept, set_aside = explain(client, judgments, instruction)
-    run_log.say(f"{len(kept):,} of {len(judgments):,} explanations pass; {client.budget.describe()}")
+    spent = f"; {client.budget.describe()}" if isinstance(client, ChatClient) else ""
+    run_log.say(f"{len(kept):,} of {len(judgments):,} explanations pass{spent}")
     facts = {"judgments": parsed.judgments.name, "language model": chat.model}
     write_explained(parsed.output, kept, set_aside, instruction, facts)
 
@@ -223,7 +241,7 @@ def _explain(parsed: argparse.Namespace) -> None:
 def _chat(parsed: argparse.Namespace) -> ChatSettings:
     from afrl_jax.instructions.run import ChatSettings
 
-    keys = {key: getattr(parsed, key) for key in (*CONNECTION, *BUDGET)}
+    keys = {key: value for key, value in vars(parsed).items() if key in (*CONNECTION, *BUDGET)}
     return ChatSettings(model=parsed.language_model, **keys)
 
 

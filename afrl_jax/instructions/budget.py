@@ -57,37 +57,51 @@ class Budget:
     """
 
     def __init__(self, limits: Limits, ledger: Path | None = None):
-        self.limits, self._ledger, self._lock = limits, ledger, threading.Lock()
+        self.limits, self._ledger, self._changed = limits, ledger, threading.Condition()
         self.spent = Spent(**json.loads(ledger.read_text())) if ledger and ledger.exists() else Spent()
         self._reserved = Spent()
 
     def reserve(self, prompt_tokens: int, completion_tokens: int) -> Spent:
-        """Set aside the most that one call can cost; `settle` must follow.
+        """Set aside the most that one call can cost; `settle` must follow, from the same thread. Where calls under way
+        have set aside what is left, it waits for what they leave.
 
         Raises:
-            BudgetExceeded: what is spent and set aside leaves less; names the limit and what is left.
+            BudgetExceeded: what is spent leaves less; names the limit and what is left.
         """
         tokens = prompt_tokens + completion_tokens
         asked = Spent(1, tokens, self.limits.cost(prompt_tokens, completion_tokens))
-        with self._lock:
-            held = self.spent.plus(self._reserved)
-            for name, wanted in dataclasses.asdict(asked).items():
-                limit, used = getattr(self.limits, name), getattr(held, name)
-                if used + wanted > limit:
-                    raise BudgetExceeded(
-                        f"budget of {name}: the next call may take {wanted:g}, {limit - used:g} of {limit:g} are left"
-                    )
+        with self._changed:
+            self._changed.wait_for(lambda: not self._short_of(asked, self.spent.plus(self._reserved))
+                                   or self._short_of(asked, self.spent))  # fmt: skip
+            if name := self._short_of(asked, self.spent):
+                wanted, limit, used = (getattr(some, name) for some in (asked, self.limits, self.spent))
+                raise BudgetExceeded(
+                    f"budget of {name}: the next call may take {wanted:g}, {limit - used:g} of {limit:g} are left"
+                )
             self._reserved = self._reserved.plus(asked)
+            self._write()
         return asked
+
+    def _short_of(self, asked: Spent, used: Spent) -> str:
+        """The name of the first limit that the call would pass, "" of none."""
+        names = (field.name for field in dataclasses.fields(Spent))
+        passes = (name for name in names if getattr(used.plus(asked), name) > getattr(self.limits, name))
+        return next(passes, "")
 
     def settle(self, reserved: Spent, actual: Spent | None = None) -> None:
         """Book what the call cost; where nobody knows (a timeout, a cut connection), all that was set aside."""
-        with self._lock:
+        with self._changed:
             self._reserved = self._reserved.plus(reserved, -1)
             self.spent = self.spent.plus(actual or reserved)
-            if self._ledger:
-                self._ledger.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._ledger, json.dumps(dataclasses.asdict(self.spent)) + "\n")
+            self._write()
+            self._changed.notify_all()
+
+    def _write(self) -> None:
+        """Calls under way count as spent: nobody knows what they cost where the process is killed."""
+        if self._ledger:
+            self._ledger.parent.mkdir(parents=True, exist_ok=True)
+            held = self.spent.plus(self._reserved)
+            write_atomically(self._ledger, json.dumps(dataclasses.asdict(held)) + "\n")
 
     def describe(self) -> str:
         """One line for the person who is to agree."""

@@ -28,6 +28,7 @@ from lm_jax.parameters import Parameters
 from lm_jax.run_folder import write_atomically
 from lm_jax.sample import sample
 from lm_jax.tokenizer import Tokenizer
+from lm_jax.weights import read_weights
 
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _OF_THE_PROMPT = (400, 413, 422)  # it is too long, or of a kind that the server will not answer
@@ -128,17 +129,8 @@ class ChatClient:
                 prompt: all of them are refused, or the first ten. Answers that came stay cached.
             BudgetExceeded: before the call that could cost more than what is left.
         """
-        bodies = {
-            prompt: {
-                "model": self.model,
-                "messages": [{"role": "user", "content": prompt}],
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "seed": seed,
-                "stream": False,
-            }
-            for prompt in prompts
-        }  # equal prompts are one call
+        # Equal prompts are one call.
+        bodies = {prompt: self._body(prompt, max_tokens, temperature, seed) for prompt in prompts}
         with (
             httpx2.Client(timeout=self._timeout, follow_redirects=False) as http,
             concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool,
@@ -155,13 +147,34 @@ class ChatClient:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def most(self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> Spent:
+        """The most that `complete` can spend on these, if no attempt fails; what is in the cache is free."""
+        new = [
+            prompt
+            for prompt in dict.fromkeys(prompts)
+            if _read_cached(self._file(body := self._body(prompt, max_tokens, temperature, seed)), body) is None
+        ]
+        asked, answered = sum(map(_most_tokens, new)), len(new) * max_tokens
+        return Spent(len(new), asked + answered, self.budget.limits.cost(asked, answered))
+
+    def _body(self, prompt: str, max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stream": False,
+        }
+
+    def _file(self, body: Mapping[str, Any]) -> Path:
+        return self._cache / f"{hashlib.sha256(_asked(body).encode()).hexdigest()}.json"
+
     def _answer(self, http: httpx2.Client, body: Mapping[str, Any]) -> Completion:
-        asked = json.dumps(body, sort_keys=True, ensure_ascii=False)
-        file = self._cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+        asked, file = _asked(body), self._file(body)
         if (kept := _read_cached(file, body)) is not None:
             return kept
-        # A byte-level token has at least one byte: no prompt is longer than this.
-        most = len(body["messages"][0]["content"].encode()) + _TEMPLATE_TOKENS
+        most = _most_tokens(body["messages"][0]["content"])
         for attempt in range(self._attempts):
             reserved = self.budget.reserve(most, body["max_tokens"])
             try:
@@ -169,7 +182,7 @@ class ChatClient:
             except _Attempt as failed:
                 self.budget.settle(reserved, failed.known)
                 if failed.final or attempt + 1 == self._attempts:
-                    message = self._without_key(f"{self._url}: {failed} (attempt {attempt + 1} of {self._attempts})")
+                    message = f"{self._url}: {failed} (attempt {attempt + 1} of {self._attempts})"
                     if failed.of_prompt:
                         return Completion("", False, 0, 0, message)
                     raise LanguageModelError(message) from None
@@ -209,7 +222,7 @@ class ChatClient:
             raise _Attempt(f"no answer within {self._timeout:g} s") from None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _Attempt(f"the connection broke ({type(error).__name__})") from None
-        text = b"".join(parts).decode("utf-8", "replace")
+        text = self._without_key(b"".join(parts).decode("utf-8", "replace"))
         if response.status_code != 200:
             wait, final = _seconds(response.headers.get("retry-after")), response.status_code not in _TRY_AGAIN
             raise _Attempt(
@@ -227,13 +240,23 @@ class ChatClient:
         return text.replace(key, "***") if key else text
 
 
+def _asked(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, ensure_ascii=False)
+
+
+def _most_tokens(prompt: str) -> int:
+    """A byte-level token has at least one byte: no prompt is longer than this."""
+    return len(prompt.encode()) + _TEMPLATE_TOKENS
+
+
 def _completion(text: str, most: int, max_tokens: int) -> Completion:
     try:
         answer = json.loads(text)
         choice = answer["choices"][0]
         content = choice["message"]["content"]
         usage = answer.get("usage") or {}
-        counts = int(usage.get("prompt_tokens", most)), int(usage.get("completion_tokens", max_tokens))
+        told = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        counts = tuple(int(most if n is None else n) for n, most in zip(told, (most, max_tokens), strict=True))
     except (ValueError, TypeError, LookupError, AttributeError):
         raise _Attempt(f"malformed answer: {_short(text)}") from None
     if not isinstance(content, str):
@@ -281,6 +304,16 @@ class LocalModel:
     ):
         self._config, self._parameters, self._tokenizer = config, parameters, tokenizer
         self._template, self._rows, self._dtype = template, rows, dtype
+
+    @classmethod
+    def load(cls, source: str | Path, **options: Any) -> LocalModel:
+        """The model of a folder, a hub id or a .gguf file, with its chat template; `options` as of the class.
+
+        Raises:
+            FileNotFoundError, ConnectionError: see `lm_jax.source.locate`.
+        """
+        tokenizer = Tokenizer.load(source)
+        return cls(*read_weights(source), tokenizer, template=tokenizer.chat("{prompt}"), **options)
 
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int = 0

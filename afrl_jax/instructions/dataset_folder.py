@@ -15,6 +15,16 @@ from afrl_jax.instructions.synthesis import DIFFICULTIES, KINDS, Synthesized
 from afrl_jax.schema import Instruction, Judgment
 from lm_jax.run_folder import write_atomically
 
+_CARD = "# Data card"
+
+
+def refuse_others_judgments(folder: Path) -> None:
+    """ValueError where the folder holds judgments that came from elsewhere: they would be overwritten."""
+    card = folder / "README.md"
+    ours = card.exists() and card.read_text(encoding="utf-8").startswith(f"{_CARD}\n")
+    if not ours and any(folder.glob("judgments.*")):
+        raise ValueError(f"--output: {folder} holds judgments that were not made here; give another folder")
+
 
 def write_synthesized(
     folder: Path, synthesized: Synthesized, instruction: Instruction, facts: Mapping[str, Any]
@@ -73,7 +83,7 @@ def _write(
         f"- {name}: {value:.4g}" if isinstance(value, float) else f"- {name}: {value}" for name, value in facts.items()
     ]
     listed.append("- grades: " + ", ".join(f"{label} {grades[label]}" for label in instruction.scale.labels))
-    write_atomically(folder / "README.md", "\n".join(["# Data card", "", title, "", *listed, *body]) + "\n")
+    write_atomically(folder / "README.md", "\n".join([_CARD, "", title, "", *listed, *body]) + "\n")
     return {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
 
 

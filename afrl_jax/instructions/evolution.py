@@ -1,7 +1,7 @@
 """Instruction evolution: Probe, Identify, Amend, Recheck, Synthesize, and again. That AFRL has such a system, PIAR, is
 told of it (arXiv 2602.10006); this loop is ours.
 
-    state   an instruction, and the Pareto pool of those that passed Recheck
+    state   an instruction, and the Pareto pool of those that stood
     sets    dev_new: disagreements are read here, and an edit must pay here; dev_replay: frozen, here nothing may be
             forgotten. Test pairs never come near this module.
 
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afrl_jax.evaluation import Predictions
 from afrl_jax.instructions import recheck
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.edits import Edit, EditError, Kind, apply, words
@@ -73,6 +72,7 @@ class Round:
     seconds: float
     stopped: str = ""  # why the loop ends here
     unfinished: bool = False  # for want of budget: it is not kept, and done again when there is more
+    malformed: int = 0  # what the proposer left out
 
     @property
     def accepted(self) -> list[Proposal]:
@@ -112,7 +112,7 @@ class Evolution:
         rounds = [self._kept(0) or self._keep(0, self._begin(base))]
         while len(rounds) <= self._size.rounds and not rounds[-1].stopped:
             number = len(rounds)
-            rounds.append(self._kept(number) or self._keep(number, self._round(number, rounds[-1])))
+            rounds.append(self._kept(number) or self._keep(number, self._round(number, rounds[-1], base)))
         return rounds
 
     def _begin(self, base: Instruction) -> Round:
@@ -121,8 +121,8 @@ class Evolution:
         pool = [recheck.Kept(base, new, replay, words(base))]
         return Round(base, new, replay, [], [], pool, {}, round(time.monotonic() - began, 1))
 
-    def _round(self, number: int, last: Round) -> Round:
-        began = time.monotonic()
+    def _round(self, number: int, last: Round, base: Instruction) -> Round:
+        began, malformed = time.monotonic(), self._proposer.malformed
         current = start = last.pool[0].instruction
         pool, proposals, stopped, unfinished = list(last.pool), [], "", False
         clusters = identify(
@@ -136,7 +136,8 @@ class Evolution:
         try:
             groups = self._proposer.propose(start, clusters, self._size.edits, number)
             for place, edits in enumerate(groups):
-                current = self._best_of(current, edits, place if place < len(clusters) else -1, proposals, pool)
+                cluster = place if place < len(clusters) else -1
+                current = self._best_of(base, current, edits, cluster, proposals, pool)
         except BudgetExceeded as error:
             stopped, unfinished = str(error), True
         pool = recheck.pareto(pool)
@@ -145,15 +146,22 @@ class Evolution:
         facts = self._synthesize(start, current, number) if self._synthesize and current != start else {}
         new, replay = (recheck.score(self._probe(name, current)) for name in (NEW, REPLAY))
         seconds = round(time.monotonic() - began, 1)
-        return Round(current, new, replay, clusters, proposals, pool, facts, seconds, stopped, unfinished)
+        malformed = self._proposer.malformed - malformed
+        return Round(current, new, replay, clusters, proposals, pool, facts, seconds, stopped, unfinished, malformed)
 
     def _best_of(
-        self, current: Instruction, edits: Sequence[Edit], cluster: int, proposals: list[Proposal], pool: list
+        self,
+        base: Instruction,
+        current: Instruction,
+        edits: Sequence[Edit],
+        cluster: int,
+        proposals: list[Proposal],
+        pool: list[recheck.Kept],
     ) -> Instruction:
         """Recheck each edit of a group; the one that raises dev_new most stands."""
         passed: list[tuple[float, Proposal, recheck.Kept]] = []
         for edit in edits:
-            verdict, kept = self._recheck(current, edit)
+            verdict, kept = self._recheck(base, current, edit)
             proposals.append(Proposal(edit, cluster, verdict))
             if kept:
                 passed.append((verdict.difference.value, proposals[-1], kept))
@@ -168,25 +176,24 @@ class Evolution:
         pool.append(best[2])
         return best[2].instruction
 
-    def _recheck(self, current: Instruction, edit: Edit) -> tuple[recheck.Verdict, recheck.Kept | None]:
+    def _recheck(
+        self, base: Instruction, current: Instruction, edit: Edit
+    ) -> tuple[recheck.Verdict, recheck.Kept | None]:
         try:
             candidate = apply(current, edit)
         except EditError as error:
             return recheck.Verdict(False, str(error)), None
         if words(candidate) > max(self._rule.most_words, words(current)):
             return recheck.Verdict(False, f"longer than {self._rule.most_words} words"), None
-        before, after = self._both(NEW, current, candidate)
+        before, after = self._probe(NEW, current), self._probe(NEW, candidate)
         verdict = recheck.rises(before, after, self._rule, shortens=edit.kind is Kind.MERGE, seed=self._seed)
         if not verdict.accepted:
             return verdict, None
-        replay = self._both(REPLAY, current, candidate)
-        verdict = recheck.keeps(verdict, *replay, self._rule)
+        befores, replayed = [self._probe(REPLAY, one) for one in (base, current)], self._probe(REPLAY, candidate)
+        verdict = recheck.keeps(verdict, befores, replayed, self._rule)
         if not verdict.accepted:
             return verdict, None
-        return verdict, recheck.Kept(candidate, recheck.score(after), recheck.score(replay[1]), words(candidate))
-
-    def _both(self, name: str, before: Instruction, after: Instruction) -> tuple[Predictions, Predictions]:
-        return self._probe(name, before), self._probe(name, after)
+        return verdict, recheck.Kept(candidate, recheck.score(after), recheck.score(replayed), words(candidate))
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round_{number:02d}.json"

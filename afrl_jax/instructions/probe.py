@@ -40,20 +40,26 @@ class ModelJudge:
 
     Args:
         calibration: judged pairs, of other queries than those graded, on which calibration and decision are fitted
-            anew for each instruction. A zero-shot model needs them; without, the model's own probabilities stand.
+            anew for each instruction, as they would be where it is used. A zero-shot model needs them; without, the
+            model's own probabilities stand.
+
+    Raises:
+        ValueError: a calibration pair was judged under an instruction of its own, so its grade says nothing here.
     """
 
     def __init__(self, model: RelevanceModel, calibration: Sequence[Judgment] = ()):
-        self._model, self._calibration = model, calibration
+        if any(judgment.query.instruction for judgment in calibration):
+            raise ValueError("pairs judged under instructions of their own calibrate nothing under another")
+        self._model, self.calibration = model, calibration
         self._fitted: dict[str, tuple[Calibration, Decision]] = {}  # by digest of the instruction
 
     def grade(self, pairs: Pairs, instruction: Instruction) -> Graded:
         """See `Judge`."""
         found = self._model.label_logprobs([(_told(query, instruction), document) for query, document in pairs])
-        if not self._calibration:
+        if not self.calibration:
             return Graded(Calibration.identity(found.shape[1]).apply(found))
         if (key := digest(instruction)) not in self._fitted:
-            told = [dataclasses.replace(j, query=_told(j.query, instruction)) for j in self._calibration]
+            told = [dataclasses.replace(j, query=_told(j.query, instruction)) for j in self.calibration]
             self._fitted[key] = calibrate(self._model, told)
         calibration, decision = self._fitted[key]
         return Graded(calibration.apply(found), decision)
@@ -87,7 +93,7 @@ class Probe:
             partial.replace(file)
         with np.load(file) as found:
             probabilities, decision = found["probabilities"], Decision.from_json(str(found["decision"]))
-        ruled = all(judgment.rules for judgment in judgments)
+        ruled = all(map(has_rule, judgments))
         return Predictions(
             query_index=query_numbers(judgments),
             grade=np.array([judgment.grade for judgment in judgments]),
@@ -95,6 +101,11 @@ class Probe:
             decision=decision,
             rule=np.array([judgment.rules[0] if ruled else judgment.grade for judgment in judgments]),
         )
+
+
+def has_rule(judgment: Judgment) -> bool:
+    """Whether it names the rule that decided it; 0 is none."""
+    return bool(judgment.rules and judgment.rules[0])
 
 
 def digest(instruction: Instruction) -> str:

@@ -22,7 +22,9 @@ _SHOWN = 8  # pairs of a cluster that a language model sees
 
 
 class Proposer(Protocol):
-    """Proposes edits for clusters of disagreements."""
+    """Proposes edits for clusters of disagreements. `malformed` counts what was no edit, and was left out."""
+
+    malformed: int
 
     def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
         """For each cluster in its place at most `count` edits, the most promising first; none for label noise."""
@@ -40,6 +42,8 @@ class MinedRules:
     Args:
         table: of dev_new; a rule is readable whose condition holds for some pair there.
     """
+
+    malformed = 0
 
     def __init__(self, table: Table):
         self._table = table
@@ -92,6 +96,8 @@ class RandomEdits:
         sizes: for each round the number of proposals in each of its groups, those of the proposer compared with.
     """
 
+    malformed = 0
+
     def __init__(self, table: Table, sizes: Sequence[Sequence[int]], seed: int):
         self._features, self._sizes, self._seed = table.features, sizes, seed
 
@@ -117,7 +123,7 @@ class RandomEdits:
 class LanguageModelEdits:
     """A language model reads the instruction and some pairs of a cluster and answers with edits as JSON.
 
-    `malformed` counts answers, or edits in them, that were no edits; they are left out, never guessed at.
+    `malformed` counts answers without an edit, and objects in them that are none; nothing is guessed at.
     """
 
     def __init__(self, model: LanguageModel, judgments: Sequence[Judgment], *, max_tokens: int = 600):
@@ -152,20 +158,19 @@ class LanguageModelEdits:
         )
 
     def _read(self, text: str, instruction: Instruction) -> list[Edit]:
-        found = re.search(r"\[.*\]", text, re.DOTALL)
-        try:
-            rows = json.loads(found[0]) if found else None
-        except json.JSONDecodeError:
-            rows = None
-        if not isinstance(rows, list):
-            self.malformed += 1
-            return []
-        edits = []
-        for row in rows:
+        """Every whole object of an answer that may be cut off, or have words around them."""
+        edits, place, before = [], text.find("{"), self.malformed
+        while place >= 0:
             try:
+                row, end = json.JSONDecoder().raw_decode(text, place)
                 edits.append(_edit(row, instruction))
+            except json.JSONDecodeError:
+                self.malformed += 1
+                break
             except (TypeError, ValueError, LookupError, AttributeError):
                 self.malformed += 1
+            place = text.find("{", end)
+        self.malformed += not edits and self.malformed == before and not re.search(r"\[\s*\]", text)
         return edits
 
 
@@ -180,8 +185,10 @@ def _edit(row: dict[str, Any], instruction: Instruction) -> Edit:
     if kind is not Kind.MERGE and not condition:
         raise ValueError("an edit without text")
     texts = [instruction.rule(int(row[key])).text if row.get(key) else "" for key in ("rule", "other")]
-    grade = instruction.scale.labels.index(str(row["grade"])) if kind is Kind.ADD else 0
-    return Edit(kind, condition, grade, *texts)
+    if kind is not Kind.ADD:
+        return Edit(kind, condition, 0, *texts)
+    grade = instruction.scale.labels.index(str(row["grade"]))
+    return Edit(kind, condition, grade, texts[0] or last_place(instruction))
 
 
 _PROMPT = """You maintain the instruction of relevance assessors. It reads:

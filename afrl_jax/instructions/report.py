@@ -7,7 +7,7 @@ import functools
 import html
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -32,6 +32,8 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, str],
+    fixed: Rows = (),
+    grades: Sequence[str] = (),
     rule_frequency: Mapping[int, float] | None = None,
     seed: int = 0,
     resamples: int = 1000,
@@ -42,6 +44,8 @@ def write_report(
         arms: rounds by arm, the main one first; round 0 is the base instruction, the same for all.
         tested: predictions on test pairs by the name of an instruction, "<arm> round <n>" or a reference such as
             "full rulebook"; empty without test pairs. Intervals are over queries.
+        fixed: what each new rule decides on dev_new, and how often wrongly before and after (`run.fixed_rows`).
+        grades: labels of the scale where test pairs have no rules, so that recall is told by grade.
 
     metrics.json is flat: "<arm>/<round>/<dev_new|dev_replay|words|accepted|proposed>", "<name>/<metric>" with "/low"
     and "/high" for what was tested.
@@ -54,7 +58,7 @@ def write_report(
         for metric, figure in of_name.items()
         for field, number in figure._asdict().items()
     }
-    plots = [plot for plot in _plots(arms, figures) if plot.rows]
+    plots = [plot for plot in _plots(arms, figures, fixed, grades) if plot.rows]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     for plot in plots:
@@ -112,7 +116,12 @@ def rule_rows(figures: Mapping[str, Mapping[str, Figure]], arm: str) -> Rows:
     ]
 
 
-def _plots(arms: Mapping[str, Sequence[Round]], figures: Mapping[str, Mapping[str, Figure]]):
+def _plots(
+    arms: Mapping[str, Sequence[Round]],
+    figures: Mapping[str, Mapping[str, Figure]],
+    fixed: Rows,
+    grades: Sequence[str],
+) -> Iterator[Plot]:
     colors = report_pictures.colors_of(list(arms))
     yield Plot(
         "rounds",
@@ -122,11 +131,19 @@ def _plots(arms: Mapping[str, Sequence[Round]], figures: Mapping[str, Mapping[st
         functools.partial(_draw_rounds, colors=colors),
     )
     yield Plot(
+        "new_rules",
+        "What each new rule fixed",
+        "Pairs of dev_new that a rule decides, and how many of them were graded wrongly before its round and after it.",
+        fixed,
+        _draw_new_rules,
+    )
+    what = "grade" if grades else "rule"
+    yield Plot(
         "rules",
-        "Which rule each round fixed",
-        "Recall on test pairs by the rule that decides them; a column a round.",
+        f"Which {what} each round fixed",
+        f"Recall on test pairs by {'their grade' if grades else 'the rule that decides them'}; a column a round.",
         rule_rows(figures, next(iter(arms))),
-        _draw_rules,
+        functools.partial(_draw_rules, grades=grades),
     )
 
 
@@ -152,7 +169,22 @@ def _draw_rounds(rows: Rows, colors: Mapping[str, str]) -> Picture:
     return picture
 
 
-def _draw_rules(rows: Rows) -> Picture:
+def _draw_new_rules(rows: Rows) -> Picture:
+    picture = report_pictures.blank(report_pictures.WIDTH, 0.3 * len(rows) + 1.2)
+    panel = picture.subplots()
+    colors = report_pictures.colors_of(["pairs", "wrong before", "wrong after"])
+    places = range(len(rows))
+    for column, height in (("pairs", 0.8), ("wrong before", 0.5), ("wrong after", 0.25)):
+        panel.barh(places, [row[column] for row in rows], height, color=colors[column], label=column)
+    panel.set_yticks(places, [f"{row['round']}: {row['rule'][:60]}" for row in rows], fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlabel="pairs", ylabel="round: rule")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    report_pictures.shared_legend(picture)
+    return picture
+
+
+def _draw_rules(rows: Rows, grades: Sequence[str]) -> Picture:
     rounds, rules = sorted({row["round"] for row in rows}), sorted({row["rule"] for row in rows})
     picture = report_pictures.blank(0.9 * len(rounds) + 2.5, 0.24 * len(rules) + 1)
     panel = picture.subplots()
@@ -160,8 +192,8 @@ def _draw_rules(rows: Rows) -> Picture:
     table = [[recall.get((rule, number), float("nan")) for number in rounds] for rule in rules]
     shown = panel.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     panel.set_xticks(range(len(rounds)), rounds)
-    panel.set_yticks(range(len(rules)), rules, fontsize=8)
-    panel.set(xlabel="round", ylabel="rule")
+    panel.set_yticks(range(len(rules)), [grades[rule] for rule in rules] if grades else rules, fontsize=8)
+    panel.set(xlabel="round", ylabel="grade" if grades else "rule")
     panel.grid(False)
     picture.colorbar(shown, ax=panel, format=PercentFormatter(1), label="recall")
     return picture

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from afrl_jax.data.conditions import parse
 from afrl_jax.evaluation import Predictions
 from afrl_jax.instructions import recheck, report
 from afrl_jax.instructions.budget import Budget, Limits
-from afrl_jax.instructions.client import ChatClient
+from afrl_jax.instructions.client import ChatClient, LocalModel
 from afrl_jax.instructions.dataset_folder import write_synthesized
-from afrl_jax.instructions.edits import words
+from afrl_jax.instructions.edits import condition_of, words
 from afrl_jax.instructions.evolution import NEW, REPLAY, Evolution, Round, Size, group_sizes, queries_of
 from afrl_jax.instructions.identify import Table
-from afrl_jax.instructions.probe import Judge, Probe
+from afrl_jax.instructions.probe import Judge, Probe, has_rule
 from afrl_jax.instructions.proposers import LanguageModelEdits, MinedRules, Proposer, RandomEdits
 from afrl_jax.instructions.synthesis import Labeller, synthesize
 from afrl_jax.schema import Instruction, Judgment
 from lm_jax import run_log
+from lm_jax.report_pictures import Rows
 from lm_jax.run_folder import write_atomically
 
 PROPOSERS = ("mined", "language_model")
@@ -30,7 +35,8 @@ TEST = "test"
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
-    """A language model behind an OpenAI-compatible address; its key is read from the environment variable named."""
+    """A language model behind an OpenAI-compatible address, its key read from the environment variable named; or
+    without an address one in process, `model` its folder or .gguf file: it needs no key, and no budget."""
 
     base_url: str = ""
     model: str = ""
@@ -44,14 +50,20 @@ class ChatSettings:
     prompt_price: float = 0.0
     completion_price: float = 0.0
 
-    def client(self, folder: Path) -> ChatClient:
-        """The client, its cache and its ledger in the folder.
+    def check(self) -> None:
+        """ValueError where no model is named, or one that is not here without an address."""
+        if not self.model or not (self.base_url or Path(self.model).exists()):
+            raise ValueError("a language model needs base_url and model, or as model a folder or .gguf file")
+
+    def client(self, folder: Path) -> ChatClient | LocalModel:
+        """The client, its cache and its ledger in the folder; or the model itself.
 
         Raises:
             ValueError: no address, no model name, or an address that is none.
         """
-        if not self.base_url or not self.model:
-            raise ValueError("a language model needs base_url and model")
+        self.check()
+        if not self.base_url:
+            return LocalModel.load(self.model)
         limits = Limits(self.calls, self.tokens, self.money, self.prompt_price, self.completion_price)
         return ChatClient(
             self.base_url,
@@ -85,6 +97,15 @@ class EvolutionSettings:
     chat: ChatSettings = dataclasses.field(default_factory=ChatSettings)
 
     def __post_init__(self) -> None:
+        least = {"rounds": 1, "clusters": 1, "edits": 1, "least_cluster": 1, "most_words": 1, "resamples": 1,
+                 "least_pairs": 1, "synthesize": 0, "p": 0, "epsilon": 0, "seed": 0}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least {bound}")
+        if self.proposer == "language_model":
+            self.chat.check()
+            if self.synthesize:
+                raise ValueError("synthesize: examples are made for mined rules; a language model's are in free words")
         if self.proposer == "mined" and (self.chat.base_url or self.chat.model):
             raise ValueError("proposer: mined rules ask no language model, but one is given: base_url or its name")
 
@@ -125,14 +146,16 @@ def evolve_instruction(
         raise ValueError(f"proposer: {settings.proposer!r} is unknown; it is one of {', '.join(PROPOSERS)}")
     if missing := {NEW, REPLAY} - set(sets):
         raise ValueError(f"the sets lack {', '.join(sorted(missing))}")
-    if shared := queries_of(sets[NEW]) & (queries_of(sets[REPLAY]) | queries_of(sets.get(TEST, ()))):
-        raise ValueError(f"{NEW} shares {len(shared)} queries with {REPLAY} or {TEST}, such as {sorted(shared)[0]!r}")
+    for one, other in itertools.combinations(sets, 2):
+        if shared := queries_of(sets[one]) & queries_of(sets[other]):
+            raise ValueError(f"{one} shares {len(shared)} queries with {other}, such as {sorted(shared)[0]!r}")
     if settings.synthesize and second is None:
         raise ValueError("synthesize needs a second labeller")
     probe = Probe(judge, dict(sets), folder / "probes")
     table = Table(sets[NEW], settings.least_cluster)
     proposer = _proposer(settings, table, sets[NEW], folder)
-    run_log.say(plan(settings, sets, proposer, base, len(references or {})))
+    calibrated = len(getattr(judge, "calibration", ()))
+    run_log.say(plan(settings, sets, proposer, base, len(references or {}), calibrated))
 
     def arm(name: str, proposer: Proposer, **options: Any) -> list[Round]:
         fixed = {"rule": settings.rule, "folder": folder / name, "seed": settings.seed}
@@ -163,11 +186,34 @@ def evolve_instruction(
     facts = {"pairs": ", ".join(f"{name} {len(some):,}" for name, some in sets.items())}
     facts |= {"rules": f"{len(base.rules)} to {len(last.rules)}", "words": f"{words(base)} to {words(last)}"}
     if isinstance(proposer, LanguageModelEdits):
-        facts["malformed edits"] = str(proposer.malformed)
+        facts["malformed edits"] = str(sum(done.malformed for done in main))
     options = {"seed": settings.seed, "resamples": settings.resamples, "rule_frequency": rule_frequency}
-    report.write_report(folder / "report", arms, tested, title=title, facts=facts, **options)
+    grades = () if all(map(has_rule, sets.get(TEST, ()))) else base.scale.labels
+    fixed = fixed_rows(probe, table, main)
+    report.write_report(
+        folder / "report", arms, tested, title=title, facts=facts, fixed=fixed, grades=grades, **options
+    )
     run_log.say(f"report: {folder / 'report' / 'report.html'}")
     return arms
+
+
+def fixed_rows(probe: Probe, table: Table, rounds: Sequence[Round]) -> Rows:
+    """One row a new rule that can be read: the pairs of dev_new that it decides among those that can, and how many of
+    them were graded wrongly before its round and after it."""
+    rows: Rows = []
+    for number, (before, after) in enumerate(itertools.pairwise(rounds), start=1):
+        wrong = [probe(NEW, one.instruction) for one in (before, after)]
+        wrong_before, wrong_after = (found.predicted != found.grade for found in wrong)
+        known, left = {rule.text for rule in before.instruction.rules}, np.ones(len(table.cases), bool)
+        for rule in after.instruction.rules:
+            holds = parse(condition_of(rule, after.instruction))
+            decides = left & np.array([holds(case) for case in table.cases])
+            left &= ~decides
+            if rule.text not in known and decides.any():
+                counts = {"wrong before": wrong_before, "wrong after": wrong_after}
+                rows.append({"round": number, "rule": rule.text, "pairs": int(decides.sum())}
+                            | {name: int(which[decides].sum()) for name, which in counts.items()})  # fmt: skip
+    return rows
 
 
 def plan(
@@ -176,11 +222,18 @@ def plan(
     proposer: Proposer,
     base: Instruction,
     references: int = 0,
+    calibrated: int = 0,
 ) -> str:
-    """What a run may cost at most, told before it begins; so many `references` are tested beside its rounds."""
+    """What a run may cost at most, told before it begins.
+
+    Args:
+        references: so many instructions are tested beside those of the rounds.
+        calibrated: so many pairs are graded besides under each instruction.
+    """
     arms = 2 if settings.control else 1
-    probes, pairs = settings.size.probes * arms, len(sets[NEW]) + len(sets[REPLAY])
-    tested = (settings.rounds + 1 + settings.control + references) * len(sets.get(TEST, ()))
+    probes, pairs = settings.size.probes * arms, len(sets[NEW]) + len(sets[REPLAY]) + calibrated
+    tested = (settings.rounds + 1 + settings.control) * len(sets.get(TEST, ()))
+    tested += references * (len(sets.get(TEST, ())) + calibrated)
     lines = [f"at most {probes:,} instructions to probe, {probes * pairs:,} pairs to grade ({pairs:,} each)"]
     if tested:
         lines.append(f"at most {tested:,} test pairs to grade")
@@ -188,7 +241,8 @@ def plan(
         chat, calls = settings.chat, settings.rounds * settings.clusters
         tokens = calls * (proposer.longest_prompt(base) + proposer.max_tokens)
         lines.append(f"at most {calls:,} calls and {tokens:,} tokens of {chat.model}, if none fails")
-        lines.append(f"budget: {proposer.model.budget.describe()}")
+        if isinstance(proposer.model, ChatClient):
+            lines.append(f"budget: {proposer.model.budget.describe()}")
     return "\n".join(lines)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from afrl_jax.data import clips
 from afrl_jax.data.clips_near_misses import flip_one
+from afrl_jax.data.clips_queries import combination_held_out
 from afrl_jax.data.clips_reading import read_document, read_query
-from afrl_jax.data.clips_rulebooks import Decided, deciding_rule, under
+from afrl_jax.data.clips_rulebooks import Decided, deciding_rule, under, unreadable
 from afrl_jax.data.clips_rules import Decision
 from afrl_jax.data.near_duplicates import near
 from afrl_jax.instructions.probe import Judge
@@ -101,8 +102,13 @@ def synthesize(
         second: the labeller that must agree with the structure.
         rules: numbers of the rules, by default all.
         evaluation_queries: texts that no example's query may come near.
+
+    Raises:
+        ValueError: a rule that neither labeller can read: both would pass over it, and agree on a wrong grade.
     """
     began = time.monotonic()
+    if texts := unreadable(instruction):
+        raise ValueError(f"rule {texts[0]!r} is neither of the rulebook of clips nor a condition (data/conditions.py)")
     chosen = set(rules if rules is not None else (rule.number for rule in instruction.rules))
     wanted = {(number, kind): per_rule for number in sorted(chosen) for kind in KINDS}
     left = Counter(wanted)
@@ -137,7 +143,10 @@ def _examples(instruction: Instruction, seed: int, split: str, index: int) -> It
         yield Example(judgment, rule, "conflict" if conflict else "positive", difficulty)
         flipped = flip_one(rng, intent, clip)
         if flipped is not None:
-            other = under(instruction, decided(flipped, clips.judge(intent, flipped), f"{place}-flipped"))
+            after = clips.judge(intent, flipped)
+            if split == "train" and combination_held_out(intent.entity, after.rule):
+                continue
+            other = under(instruction, decided(flipped, after, f"{place}-flipped"))
             if other.rules != judgment.rules:
                 yield Example(other, rule, "near miss", "hard")
 

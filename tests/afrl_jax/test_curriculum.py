@@ -1,5 +1,7 @@
 """Controls spend what the ordered curriculum spends; dynamic sampling takes what dropping dead groups would take."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -81,11 +83,20 @@ def test_shuffled_shows_the_same_in_no_order():
     assert stages[3:] == read_settings(config()).stages[3:]
 
 
-def test_last_is_the_last_mix_from_the_start():
-    stages = read_settings(config(curriculum="last")).stages
-    assert stages[0].mixture == {"hard": 1.0, "natural": 1.0}
+def test_last_is_the_last_stage_from_the_start():
+    given = config(curriculum="last")
+    given["s3"] |= {"sft_weight": 0.0, "learning_rate": 1e-3, "steps": 14, "save_every": 7}
+    given["s4"] |= {"sft_weight": 0.7, "kl": 0.1, "clip_low": 0.1, "updates": 7}
+    stages = read_settings(given).stages
+    assert stages[0].mixture == stages[1].mixture == stages[2].mixture == {"natural": 1.0}
     assert isinstance(stages[3], RLStage)
-    assert (stages[3].prompts_from, stages[3].experts_from, stages[3].rollouts.pool) == ("natural", "natural", 1)
+    own = {"steps": 14, "learning_rate": 1e-3}
+    assert stages[3] == dataclasses.replace(stages[4], **own)
+
+
+def test_last_of_supervised_stages_is_their_last_mixture():
+    stages = read_settings(config(curriculum="last", stages=("s0", "s1", "s2"))).stages
+    assert [stage.mixture for stage in stages] == [{"hard": 1.0, "natural": 1.0}] * 3
 
 
 def test_last_needs_no_supervised_stage():

@@ -1,6 +1,7 @@
 """What calls may cost: set aside before, booked after, remembered by the next process."""
 
 import concurrent.futures
+import time
 
 import pytest
 
@@ -10,11 +11,32 @@ from afrl_jax.instructions.budget import Budget, BudgetExceeded, Limits, Spent
 def test_what_a_call_did_not_use_is_free_again():
     budget = Budget(Limits(calls=10, tokens=100))
     reserved = budget.reserve(40, 20)
-    with pytest.raises(BudgetExceeded, match="budget of tokens: the next call may take 41, 40 of 100 are left"):
-        budget.reserve(40, 1)
+    with pytest.raises(BudgetExceeded, match="budget of tokens: the next call may take 101, 100 of 100 are left"):
+        budget.reserve(100, 1)
     budget.settle(reserved, Spent(1, 25))
     assert budget.spent == Spent(1, 25)
+    with pytest.raises(BudgetExceeded, match="may take 76, 75 of 100 are left"):
+        budget.reserve(75, 1)
     budget.reserve(75, 0)
+
+
+def test_what_calls_under_way_set_aside_is_waited_for():
+    """Each may take 60 of 100 tokens and takes 20: five calls fit, whatever happens at once."""
+    budget = Budget(Limits(tokens=140))
+
+    def call(_):
+        reserved = budget.reserve(40, 20)
+        time.sleep(0.01)
+        budget.settle(reserved, Spent(1, 20))
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        list(pool.map(call, range(5)))
+    assert budget.spent == Spent(5, 100)
+
+
+def test_a_call_under_way_at_a_kill_counts_in_full(tmp_path):
+    Budget(Limits(), tmp_path / "spent.json").reserve(5, 5)
+    assert Budget(Limits(), tmp_path / "spent.json").spent == Spent(1, 10)
 
 
 def test_a_call_of_unknown_cost_costs_what_was_set_aside():

@@ -1,5 +1,6 @@
 """The loop as a whole, with a judge that follows every word: it finds what was taken away, and the control does not."""
 
+import csv
 import dataclasses
 import json
 
@@ -10,8 +11,9 @@ from afrl_jax.data import clips_rulebooks
 from afrl_jax.decision import fit_decision
 from afrl_jax.instructions import recheck, run
 from afrl_jax.instructions.budget import BudgetExceeded
+from afrl_jax.instructions.edits import Edit, Kind
 from afrl_jax.instructions.evolution import Evolution, Size, first_queries, group_sizes, split_by_query
-from afrl_jax.instructions.probe import ModelJudge, Probe
+from afrl_jax.instructions.probe import Graded, ModelJudge, Probe
 from afrl_jax.instructions.proposers import MinedRules, RandomEdits
 from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
 from afrl_jax.instructions.synthesis import read_the_words
@@ -78,7 +80,11 @@ def test_the_page_tells_each_round(finished):
     assert page.count("<h2>Round") == len(arms["mined"]) - 1
     for proposal in arms["mined"][1].accepted:
         assert proposal.edit.condition in page
-    for name in ("rounds", "rules"):
+    rows = list(csv.DictReader((folder / "report" / "new_rules.csv").read_text().splitlines()))
+    added = [p.edit.condition for done in arms["mined"] for p in done.accepted if p.edit.kind == "add"]
+    assert rows and any(row["rule"].startswith(condition) for row in rows for condition in added)
+    assert sum(int(row["wrong after"]) for row in rows) < sum(int(row["wrong before"]) for row in rows)
+    for name in ("rounds", "rules", "new_rules"):
         assert (folder / "report" / f"{name}.png").stat().st_size > 5000 and f"{name}.csv" in page
     evolved = json.loads((folder / "instruction.json").read_text())
     assert len(evolved["rules"]) == len(arms["mined"][-1].instruction.rules)
@@ -124,6 +130,8 @@ def loop(probe, proposer, table, folder, **changes):
 
 def test_a_spent_budget_ends_the_loop_with_what_it_has(ideal, sets, table, tmp_path):
     class Broke:
+        malformed = 0
+
         def propose(self, *arguments):
             raise BudgetExceeded("budget of calls: none are left")
 
@@ -153,6 +161,34 @@ def test_the_control_waits_for_a_round_that_the_budget_cut(ideal, sets, tmp_path
     assert sum(map(sum, group_sizes(whole["random"])[2:])) > 0
 
 
+def test_many_small_falls_do_not_add_up(sets, table, tmp_path):
+    """Each edit raises dev_new and costs one pair in twelve on dev_replay: after the first, epsilon is used up."""
+
+    class Forgetting:
+        def grade(self, pairs, instruction):
+            told = sum(rule.text.startswith("cost") for rule in instruction.rules)
+            gold = {(j.query.query_id, j.document.doc_id): (j.grade, name) for name in sets for j in sets[name]}
+            grades = []
+            for place, (query, document) in enumerate(pairs):
+                grade, name = gold[query.query_id, document.doc_id]
+                wrong = place % 12 < told if name == "dev_replay" else place % 12 >= 6 + told
+                grades.append((grade + wrong) % 4)
+            return Graded(np.eye(4)[grades] * 0.9 + 0.025)
+
+    class Costly:
+        malformed = 0
+
+        def propose(self, instruction, clusters, count, round):
+            return [[Edit(Kind.ADD, f"cost {round}", 0)] for _ in clusters[:1]]
+
+    one_rule = {name: [dataclasses.replace(j, rules=(1,)) for j in some] for name, some in sets.items()}
+    probe = Probe(Forgetting(), one_rule, tmp_path / "probes")
+    rounds = loop(probe, Costly(), table, tmp_path / "costly", size=Size(rounds=3, clusters=2, edits=1))
+    first, second = (done.proposals[0].verdict for done in rounds[1:3])
+    assert first.accepted and first.worst == (1, pytest.approx(1 / 12))
+    assert not second.accepted and second.reason == "recall of rule 1 on dev_replay falls by 0.167"
+
+
 def test_the_length_budget_holds(ideal, sets, table, tmp_path):
     probe = Probe(ideal, sets, tmp_path / "probes")
     rounds = loop(probe, MinedRules(table), table, tmp_path / "short", rule=recheck.Rule(most_words=1, resamples=100))
@@ -162,8 +198,11 @@ def test_the_length_budget_holds(ideal, sets, table, tmp_path):
 
 def test_dev_new_shares_no_query_with_what_checks_it(ideal, sets, tmp_path):
     mixed = sets | {"dev_replay": sets["dev_new"][:6]}
-    with pytest.raises(ValueError, match="dev_new shares 1 queries with dev_replay or test"):
+    with pytest.raises(ValueError, match="dev_new shares 1 queries with dev_replay"):
         evolve_instruction(ideal, clips_rulebooks.base_instruction(), mixed, SETTINGS, tmp_path, second=read_the_words)
+    with pytest.raises(ValueError, match="dev_replay shares 60 queries with test"):  # or the test would decide
+        evolve_instruction(ideal, clips_rulebooks.base_instruction(), sets | {"test": sets["dev_replay"]}, SETTINGS,
+                           tmp_path, second=read_the_words)  # fmt: skip
     one, two = split_by_query(sets["dev_new"], 0.5)
     assert not {j.query.query_id for j in one} & {j.query.query_id for j in two}
     assert first_queries(sets["dev_new"], 20) == sets["dev_new"][:18]  # three queries of six
@@ -184,6 +223,8 @@ def test_a_model_is_asked_under_the_instruction(tiny_model, pairs):
     np.testing.assert_allclose(np.log(judge.grade(pairs, own).probabilities), log_probabilities, atol=1e-5)
     assert np.abs(np.log(judge.grade(pairs, other).probabilities) - log_probabilities).max() > 1e-3
     held = [Judgment(query, document, grade) for (query, document), grade in zip(pairs, (0, 1, 2, 1, 0), strict=True)]
+    with pytest.raises(ValueError, match="under instructions of their own"):
+        ModelJudge(model, [dataclasses.replace(held[0], query=dataclasses.replace(held[0].query, instruction=other))])
     fitted = ModelJudge(model, held).grade(pairs, other)
     gold = np.array([judgment.grade for judgment in held])
     assert fitted.decision == fit_decision(fitted.probabilities, gold, np.array([0, 0, 1, 2, 2]))

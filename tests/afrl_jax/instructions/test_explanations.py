@@ -22,7 +22,7 @@ Verdict: 2"""
 def test_an_explanation_of_the_human_grade_is_kept():
     explained, reason = check(GOOD + "\n", PAIR, PLAIN)
     assert reason == "" and explained.grade == PAIR.grade and explained.query == PAIR.query
-    assert explained.explanation.need == ("shoes", "color red", "size 42") and explained.rules == (0,)
+    assert explained.explanation.need == ("shoes", "color red", "size 42") and explained.rules == ()
     assert explained.explanation.verdicts == (Match.MET, Match.VIOLATED, Match.MET)
     ruled, _ = check(GOOD.replace("Rule: 0", "Rule: 1"), PAIR, RULED)
     assert ruled.rules == (1,)
@@ -51,6 +51,50 @@ def test_anything_else_is_not(change, told):
     assert GOOD.count(change[0]) >= 1
     explained, reason = check(GOOD.replace(*change, 1), PAIR, PLAIN)
     assert explained is None and reason.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("query", "document", "match"),
+    [
+        ("shoes with laces", "no laces", "without laces | no laces | met"),
+        ("shoes with laces", "no laces", "with laces | laces | met"),
+        ("talk over 20 minutes", "5 minutes", "under 20 minutes | 5 minutes | met"),
+        ("talk over 20 minutes", "5 minutes", "over 20 minutes | 5 minutes | met"),
+        ("talk under 20 minutes", "20.5 minutes", "under 20 minutes | 20.5 minutes | met"),
+        ("drill 5 mm", "10.5 mm", "5 mm | 5 mm | met"),
+        ("shoes 299", "$1,299", "price 299 | $299 | met"),
+        ("shoes under 300", "$1,299", "price under 300 | $1,299 | met"),
+        ("shoes size 42", "size 41", "size 42 | size 41 | met"),
+        ("waterproof shoes", "not waterproof", "waterproof | waterproof | met"),
+        ("waterproof shoes", "waterproof", "waterproof | waterproof | violated"),
+        ("shoes without laces", "laces", "without laces | laces | met"),
+        ("red shoes", "blue", "red | kind | met"),
+        ("red shoes", "leather", "red | things leather | met"),
+        ("red shoes", "red", "red | red | met; red | red | violated"),
+    ],
+)
+def test_a_false_reason_is_not_kept(query, document, match):
+    pair = Judgment(Query("q", query), Document("d", "Things", document, {"kind": "new"}), 1)
+    explained, reason = check(f"Match: {match}\nRule: 0\nVerdict: 2", pair, PLAIN)
+    assert explained is None and reason, match
+
+
+@pytest.mark.parametrize(
+    ("query", "document", "match"),
+    [
+        ("talk under 2 hours", "90 minutes", "under 2 hours | 90 minutes | met"),
+        ("talk at least 20 minutes", "1,020 minutes", "at least 20 minutes | 1,020 minutes | met"),
+        ("shoes without laces", "laces", "without laces | laces | violated"),
+        ("shoes without laces", "no laces", "without laces | no laces | met"),
+        ("size 42 shoes", "size 41", "size 42 | size 41 | violated"),
+        ("not size 41", "size 42", "not size 41 | size 42 | met"),
+        ("new shoes", "leather", "new | kind: new | met"),
+        ("phone 12", "64 gb 1.2.3", "phone 12 | 64 gb | violated"),
+    ],
+)
+def test_a_true_reason_is(query, document, match):
+    pair = Judgment(Query("q", query), Document("d", "Things", document, {"kind": "new"}), 1)
+    assert check(f"Match: {match}\nRule: 0\nVerdict: 2", pair, PLAIN)[1] == ""
 
 
 def test_the_rule_must_lead_to_the_grade():

@@ -65,21 +65,61 @@ def test_explanations_do_not_take_the_place_of_the_judgments(folder, server, cap
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_examples_do_not_take_the_place_of_judgments(folder, server, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "judgments.jsonl").write_text("{}\n")
+    for run in (
+        lambda: main(["synthesize", f"--output={folder}", "--per_rule=1"]),
+        lambda: explain(tmp_path / "other", folder, server),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run()
+        assert ended.value.code == 2 and "judgments that were not made here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_examples_need_rules_that_can_be_read(tmp_path, capsys):
+    guide = {"task": "Grade.", "scale": {"labels": ["0", "1", "2", "3"], "meanings": []},
+             "rules": [{"number": 1, "text": "it is on another subject: 0", "grades": [0]},
+                       {"number": 2, "text": "anything else: 3", "grades": [3]}]}  # fmt: skip
+    (tmp_path / "guide.json").write_text(json.dumps(guide))
+    with pytest.raises(SystemExit) as ended:
+        main(["synthesize", f"--output={tmp_path / 'made'}", f"--instruction={tmp_path / 'guide.json'}"])
+    assert ended.value.code == 2 and "rule 'it is on another subject: 0' is neither" in capsys.readouterr().err
+
+
 def test_human_grades_are_explained(folder, server, tmp_path, capsys):
     output = tmp_path / "explained"
     explain(folder, output, server)
     (judgment,) = read_judgments({"path": output}, SCALE)
     assert judgment.query.text == "red shoes" and judgment.grade == 3 and judgment.explanation.facts == ("red shoes",)
     told = capsys.readouterr().err
-    assert "2 pairs to explain; budget: calls 0 of 500" in told and "calls 2 of 500, tokens 140" in told
+    assert "2 pairs to explain\nat most 2 calls and " in told and "budget: calls 0 of 500" in told
+    assert "calls 2 of 500, tokens 140" in told
     explain(folder, output, server, "--calls=2")  # a rerun costs nothing
     assert "calls 2 of 2" in capsys.readouterr().err
+
+
+def test_a_model_in_process_explains_too(folder, tiny_model, tmp_path, capsys):
+    from lm_jax.weights import write_weights
+
+    model = tiny_model("qwen3")
+    write_weights(tmp_path / "model", model.config, model.parameters)
+    model.format.tokenizer.save(tmp_path / "model")
+    output = tmp_path / "explained"
+    with pytest.raises(SystemExit):  # a random model explains nothing
+        main(["explain", f"--judgments={folder}", f"--output={output}", f"--language_model={tmp_path / 'model'}"])
+    assert "0 of 2 explanations pass" in capsys.readouterr().err
+    reasons = [json.loads(line)["reason"] for line in (output / "set_aside.jsonl").read_text().splitlines()]
+    assert len(reasons) == 2 and set(reasons) <= {"cut off", "not in the format"}
 
 
 def test_a_spent_budget_is_an_exit_of_1(folder, server, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         explain(folder, tmp_path / "explained", server, "--calls=1")
-    assert ended.value.code == 1 and "budget of calls" in capsys.readouterr().err
+    assert ended.value.code == 1 and "budget of calls: 2 are needed and 1 are left" in capsys.readouterr().err
+    assert not (tmp_path / "explained" / "language_model_calls").exists()  # nothing was spent on it
 
 
 EVOLVE = ["--queries=40", "--rounds=1", "--clusters=3", "--edits=2"]
@@ -122,6 +162,8 @@ def test_examples_for_every_rule(tmp_path, capsys):
         (["evolve", "--workdir=w", "--proposer=guess", "--queries=10"], "proposer: 'guess' is unknown"),
         (["evolve", "--workdir=w", "--proposer=language_model", "--queries=10"], "needs base_url and model"),
         (["evolve", "--workdir=w", "--base_url=http://h/v1", "--queries=10"], "mined rules ask no language model"),
+        (["evolve", "--workdir=w", "--edits=-1"], "edits: -1 must be at least 1"),
+        (["evolve", "--workdir=w", "--p=-3"], "p: -3.0 must be at least 0"),
         (["explain", "--judgments=nowhere", "--output=o", "--base_url=http://h/v1", "--language_model=m"], "nowhere"),
         (["explain", "--judgments=nowhere", "--output=o"], "needs base_url and model"),
     ],
@@ -160,7 +202,7 @@ def test_a_pretrained_model_on_human_judgments(tiny_model, tmp_path, capsys):
     main(command)
     done = json.loads((tmp_path / "run" / "evolution" / "mined" / "round_01.json").read_text())
     assert done["proposals"] or done["stopped"] == "no edit was accepted"
-    assert "pairs to grade (36 each)" in capsys.readouterr().err  # 20 of 24 and 16 of 16 pairs
+    assert "pairs to grade (56 each)" in capsys.readouterr().err  # 20 of 24 and 16 of 16, 20 to calibrate
     # Another model, and other judgments, under the same paths.
     write_weights(tmp_path / "model", model.config, {name: 2 * value for name, value in model.parameters.items()})
     write_judgments(held, judgments[:8], scale)

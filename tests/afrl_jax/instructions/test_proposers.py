@@ -71,6 +71,14 @@ class Model:
         return [Completion(self.answers.pop(0), False, 1, 1) for _ in prompts]
 
 
+def test_an_answer_that_is_cut_off_keeps_its_whole_edits(sets):
+    told = '[{"edit": "add", "text": "made for adults", "grade": "0"}, {"edit": "narrow", "te'
+    proposer = LanguageModelEdits(Model(told, "[]"), sets["dev_new"])
+    before_anything_else = Edit(Kind.ADD, "made for adults", 0, target="anything else: 3")
+    assert proposer.propose(BASE, [CLUSTER, CLUSTER], 9, 0) == [[before_anything_else], []]
+    assert proposer.malformed == 1
+
+
 def test_a_language_model_s_edits_are_read_strictly(sets):
     good = [
         {"edit": "add", "text": " made\nfor adults ", "grade": "0", "rule": 3},
@@ -95,7 +103,7 @@ def test_a_language_model_s_edits_are_read_strictly(sets):
         [],
         [],
     ]
-    assert proposer.malformed == len(bad) + 2
+    assert proposer.malformed == len(bad) - 1 + 2  # of the answer in text, the bare "add" is words around objects
     prompt, *settings = model.asked[0]
     assert settings == [99, 0.7, 5]
     for judgment in sets["dev_new"][:3]:

@@ -55,9 +55,15 @@ def test_no_rule_with_enough_pairs_may_be_forgotten():
     assert recheck.worst_fall(before, after, 99) is None
     assert recheck.worst_fall(after, before, 4)[1] == 0  # the best of bad news: rule 1 stays
     passed = recheck.Verdict(True, "")
-    verdict = recheck.keeps(passed, before, after, RULE)
-    assert not verdict.accepted and verdict.reason == "recall of rule 2 on dev_replay falls by 0.167"
-    assert recheck.keeps(passed, before, after, dataclasses.replace(RULE, epsilon=0.17)).accepted
+    for befores in ([before], [before, after], [after, before]):  # below any of them
+        verdict = recheck.keeps(passed, befores, after, RULE)
+        assert not verdict.accepted and verdict.reason == "recall of rule 2 on dev_replay falls by 0.167"
+        assert recheck.keeps(passed, befores, after, dataclasses.replace(RULE, epsilon=0.17)).accepted
+    assert recheck.keeps(passed, [after], after, RULE).accepted
+    graded = predictions(np.repeat([0, 2], 20), np.repeat([0, 2], 20), np.repeat([0, 2], 20))
+    worse = predictions(np.repeat([0, 2], 20), np.repeat([0, 1], 20), np.repeat([0, 2], 20))
+    told = recheck.keeps(passed, [graded], worse, RULE).reason
+    assert told == "recall of the grade at place 2 of the scale on dev_replay falls by 1.000"
 
 
 def test_score_is_the_macro_f1_of_the_decided_grades():
