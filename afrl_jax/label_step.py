@@ -25,6 +25,17 @@ def in_dtype(parameters: Parameters, config: DecoderConfig, dtype: str) -> Param
     return {name: getattr(decoder, name)[...] for name in parameters}
 
 
+def abstract_in_dtype(
+    parameters: Mapping[str, jax.ShapeDtypeStruct], config: DecoderConfig, dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `in_dtype` makes of abstract parameters, where they live."""
+    kinds = jax.eval_shape(lambda given: in_dtype(given, config, dtype), dict(parameters))
+    return {
+        name: jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=parameters[name].sharding)
+        for name, kind in kinds.items()
+    }
+
+
 @functools.partial(jax.jit, static_argnames=("config", "width"))
 def score_suffixes(parameters, labels_CD, suffixes, prefixes, *, config: DecoderConfig, width: int) -> jax.Array:
     """Log-softmax over the labels after each suffix, float32 [B, U, C], computed in the dtype of the label rows."""
@@ -88,11 +99,7 @@ def trace_step(
         abstract(np.int32, batch.prefixes),
     )
     keys = abstract(dtype, config.layers, prefix_size, config.kv_heads, config.head_size)
-    kinds = jax.eval_shape(lambda given: in_dtype(given, config, dtype), dict(parameters))
-    weights = {
-        name: jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=parameters[name].sharding)
-        for name, kind in kinds.items()
-    }
+    weights = abstract_in_dtype(parameters, config, dtype)
     labels_CD = abstract(dtype, grades, config.embed)
     prefixes = [Block(keys, keys)] * batch.prefixes
     return score_suffixes.trace(weights, labels_CD, suffixes, prefixes, config=config, width=batch.width)

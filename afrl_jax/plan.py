@@ -11,13 +11,15 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from afrl_jax.batch_plan import plan
+from afrl_jax.batch_plan import PREFIXES, plan
 from afrl_jax.data import batches, clips
-from afrl_jax.label_scorer import BATCH_TOKENS, padded
-from afrl_jax.label_step import trace_step
+from afrl_jax.label_scorer import BATCH_TOKENS, CACHE_BYTES, padded
+from afrl_jax.label_step import abstract_in_dtype, trace_step
 from afrl_jax.rollouts import prompt_width, rollout_row_shape
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, Stage
 from afrl_jax.stage_steps import stage_objective, stage_step
@@ -72,6 +74,8 @@ def _programs(settings: Settings, mesh: Mesh) -> Iterator[Program]:
             yield _scoring("teacher labels", settings, shapes["teacher"], mesh)
             labelled = True
         yield from STAGE_PROGRAMS.get(type(stage), _train)(name, stage, settings, shapes[stage.model], mesh)
+        if stage.lora_rank:
+            yield _merge(name, stage, settings, shapes[stage.model], mesh)
     yield _scoring("scoring", settings, shapes[settings.stages[-1].model], mesh)
 
 
@@ -132,18 +136,34 @@ def _update(
     return training(name, make_step, state, shape, rows, coefficients(0), mesh, beside)
 
 
+def _merge(name: str, stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
+    """The end of a stage with adapters: the float32 model beside the one that was trained. Its start holds as much."""
+    state = _state(stage, settings, config, mesh)
+
+    def trace(remat: str) -> Any:
+        return jax.jit(functools.partial(lora.merge, config=config)).trace(state.parameters)
+
+    held = {"weights": state.parameters, "optimizer": state.optimizer}
+    return Program(f"{name}: merge", trace, held, 1, "models", ("optimizer",))
+
+
 def _scoring(name: str, settings: Settings, config: DecoderConfig, mesh: Mesh) -> Program:
     lengths = Lengths.of(settings)
     return scoring(
         name, config, mesh, query=lengths.query, document=lengths.document, grades=_grades(settings),
-        dtype=settings.dtype,
+        dtype=settings.dtype, master=True,
     )  # fmt: skip
 
 
 def scoring(
-    name: str, config: DecoderConfig, mesh: Mesh, *, query: int, document: int, grades: int, dtype: str
-) -> Program:
-    """One full batch of one query's documents, with so many tokens before the documents and in each."""
+    name: str, config: DecoderConfig, mesh: Mesh, *, query: int, document: int, grades: int, dtype: str,
+    master: bool = False,
+) -> Program:  # fmt: skip
+    """One full batch of one query's documents, with so many tokens before the documents and in each.
+
+    Its time is that of one query; in memory are, besides, the prefixes of as many as may come together, and a full
+    cache of them. `master`: and the float32 model that a run goes on from.
+    """
     rows = batch_parts(mesh)
     count = rows * max(1, BATCH_TOKENS // document)
     batch, *_ = plan([document] * count, [0] * count, [0] * count, budget=BATCH_TOKENS, rows=rows)
@@ -151,8 +171,14 @@ def scoring(
     trace = functools.partial(
         trace_step, parameters, config, batch, grades=grades, prefix_size=padded(query), dtype=dtype
     )
-    held = {"weights": parameters, "batch": [on_mesh(mesh, np.int32, rows, batch.tokens)]}
-    return Program(name, lambda remat: trace(), held, len(batch.items), "pairs")
+    prefix = 2 * config.layers * padded(query) * config.kv_heads * config.head_size * jnp.dtype(dtype).itemsize
+    more = min(PREFIXES, batch.slots * rows) - 1
+    beside = {"cache": jax.ShapeDtypeStruct((CACHE_BYTES + more * prefix,), np.uint8)}
+    if master and dtype != "float32":
+        beside["master"] = parameters
+    held = {"weights": abstract_in_dtype(parameters, config, dtype), **beside}
+    held["batch"] = [on_mesh(mesh, np.int32, rows, batch.tokens)]
+    return Program(name, lambda remat: trace(), held, len(batch.items), "pairs", tuple(beside))
 
 
 def _state(stage: Stage, settings: Settings, config: DecoderConfig, mesh: Mesh) -> train_state.TrainState:

@@ -1,4 +1,4 @@
-"""Every stage in seconds, for tests: it learns nothing.
+"""Every stage in half a minute, for tests: it learns nothing.
 
 python -m afrl_jax.main --config=configs/afrl_smoke.py --workdir=runs/smoke
 """

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from lm_jax.typed_config import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +15,10 @@ class DecoderConfig:
     """A pre-norm decoder with rotary positions, grouped-query attention and a gated feed-forward (SwiGLU).
 
     `family` is the Hugging Face `model_type`: it names the export class and decides what the other fields may be.
+    `qk_norm` and `qkv_bias` follow from it, since config.json does not say them.
+
+    Raises:
+        ValueError: names the field and what would be right.
     """
 
     family: str
@@ -33,6 +40,14 @@ class DecoderConfig:
     def __post_init__(self):
         if self.family not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {self.family!r}; known are {', '.join(ARCHITECTURES)}")
+        for name, family in FAMILY_OF.items():
+            if getattr(self, name) != (self.family == family):
+                raise ValueError(f"{name} must be {self.family == family} in the family {self.family!r}")
+        sizes = ("vocab_size", "embed", "layers", "query_heads", "kv_heads", "head_size", "ffn", "max_positions")
+        at_least(1, "", self, *sizes)
+        for name in ("rope_theta", "norm_epsilon", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
         if self.query_heads % self.kv_heads:
             raise ValueError(f"{self.query_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.head_size % 2:
@@ -49,6 +64,7 @@ class DecoderConfig:
 
 
 ARCHITECTURES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
+FAMILY_OF = {"qk_norm": "qwen3", "qkv_bias": "qwen2"}  # the one family that has each
 
 
 def _qwen3(embed: int, layers: int, query_heads: int, ffn: int, tied: bool, kv_heads: int = 8) -> DecoderConfig:
@@ -133,8 +149,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         tied_head=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2",
+        **{name: family == its for name, its in FAMILY_OF.items()},
         max_positions=config.get("max_position_embeddings", 32_768),
         initializer_range=config.get("initializer_range", 0.02),
     )

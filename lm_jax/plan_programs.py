@@ -5,6 +5,7 @@ All arrays are abstract and lie where the mesh puts them; no data, weights or to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lm_jax import lora
 from lm_jax.config import PRESETS, DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.rows import RowShape, abstract_batch
@@ -120,7 +122,29 @@ def training(
     def trace(remat: str) -> Any:
         return make_step(remat).update.trace(state, batch, weights)
 
-    return Program(name, trace, held, rows * shape.tokens, "tokens", tuple(beside or ()))
+    flops = training_flops(state.parameters, shape, rows)
+    return Program(name, trace, held, rows * shape.tokens, "tokens", tuple(beside or ()), model_flops=flops)
+
+
+def training_flops(parameters: Mapping[str, Any], shape: RowShape, rows: int) -> float:
+    """FLOPs of the model in a step on `rows` full rows, after PaLM (arXiv 2204.02311, appendix B).
+
+    Each product counts forward, for the gradient of what comes in, and for that of the weights, if they are trained;
+    nothing counts twice that is computed twice: remat, or scores and logits where their gradients are formed. As there
+    attention counts whole squares of the rows, though half of a causal one is empty.
+
+    Args:
+        parameters: of the state, arrays or abstract; with adapters, the other weights are frozen.
+    """
+    trained = lora.trained(parameters)
+    products = {name: math.prod(parameters[name].shape) for name in (*lora.TARGETS, *trained) if name in parameters}
+    stacked = {name: size for name, size in products.items() if name not in ("embed", "head") and "norm" not in name}
+    matrices = sum(size * (3 if name in trained else 2) for name, size in stacked.items() if "bias" not in name)
+    head = "head" if "head" in parameters else "embed"
+    head_products = math.prod(parameters[head].shape) * (3 if head in trained else 2)
+    layers, _, heads, head_size = parameters["query"].shape
+    squares = 2 * 3 * layers * heads * head_size * shape.tokens  # scores and mixing, a token
+    return 2.0 * rows * (shape.tokens * (matrices + squares) + shape.targets * head_products)
 
 
 def _cache(

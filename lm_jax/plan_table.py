@@ -64,7 +64,11 @@ def _choose(programs: Programs, slice_name: str, remat: str) -> tuple[str, str]:
     chip, devices = topology(slice_name)
     ranking: list[tuple[Figures, str, str]] = []
     for shape in meshes(len(devices), largest_tensor=8):
-        mesh = make_mesh(shape, devices)
+        try:
+            mesh = make_mesh(shape, devices)
+        except ValueError as error:  # the slice cannot be cut so
+            run_log.say(str(error))
+            continue
         # A rollout holds the optimizer too, but beside it: only an update is given it.
         trains = (each for each in programs(mesh) if "optimizer" in each.held and "optimizer" not in each.resident)
         if (program := next(trains, None)) is None:
@@ -79,7 +83,7 @@ def _choose(programs: Programs, slice_name: str, remat: str) -> tuple[str, str]:
             run_log.say(f"{shape}, remat {policy}: {verdict(figures)}")
     ranking = sorted(ranking, key=lambda entry: (not entry[0].fits, entry[0].seconds, entry[0].peak_bytes))
     if not ranking:
-        raise ValueError(f"no mesh of {slice_name} divides what {program.name} needs divided")
+        raise ValueError(f"no mesh of {slice_name} divides what the first step that trains needs divided")
     run_log.say(f"\n{ranking[0][0].name}, fastest first:")
     for place, (figures, shape, policy) in enumerate(ranking, start=1):
         run_log.say(f"{place:3}. mesh {shape}, remat {policy}: {verdict(figures)}")
@@ -99,7 +103,7 @@ def advice(figures: Figures) -> list[str]:
     if figures.fits and figures.peak_bytes < 0.9 * figures.available_bytes:
         return []
     held = dict(figures.held)
-    fixed = sum(held.get(name, 0.0) for name in ("weights", "optimizer", "reference"))
+    fixed = sum(held.get(name, 0.0) for name in ("weights", "optimizer", "reference", "master"))
     lines = []
     if fixed > 0.6 * figures.available_bytes:
         lines.append(
@@ -120,7 +124,7 @@ def _table(found: Sequence[Figures]) -> rich.table.Table:
         table.add_column(column, justify="right")
     for figures in found:
         held = dict(figures.held)
-        weights = held.pop("weights", 0.0) + held.pop("reference", 0.0)
+        weights = sum(held.pop(name, 0.0) for name in ("weights", "reference", "master"))
         optimizer, cache = held.pop("optimizer", 0.0), held.pop("cache", 0.0)
         other = figures.peak_bytes - weights - optimizer - cache
         exchanged = "\n".join(

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,15 +69,17 @@ def end_at_once_when_stopped() -> None:
 def join_run(parser: argparse.ArgumentParser) -> None:
     """Join the run's other processes, if there are any; from here on SIGTERM is a request to save and end.
 
-    Call it before anything else of jax. One process speaks for all.
+    Call it before anything else of jax. One process speaks for all. The program ends with status 75 where the others
+    did not come.
     """
     from lm_jax import run_log
     from sharding import distributed
 
     try:
-        distributed.start()
+        distributed.start(hears_sigterm=True)
     except (ValueError, RuntimeError) as error:
-        parser.exit(2, f"error: {error}\n")
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(distributed.PREEMPTED if _lost(error) else 2)  # at once: nobody is there to wait for
     distributed.stop.listen(lambda: os.write(2, STOPPING.encode()))
     if not distributed.is_primary():
         run_log.silence()
@@ -86,7 +89,7 @@ def join_run(parser: argparse.ArgumentParser) -> None:
 def ending_as_told(parser: argparse.ArgumentParser, *failures: type[Exception]) -> Iterator[None]:
     """Around the run: exit status 1 where it failed, 75 where the same command is to be started again.
 
-    With several processes none that failed waits for the others, which may be waiting for it.
+    With several processes none that failed, or ends by `parser.exit`, waits for the others, which may wait for it.
 
     Args:
         failures: what the run fails with, besides a loss that is no number.
@@ -96,10 +99,21 @@ def ending_as_told(parser: argparse.ArgumentParser, *failures: type[Exception]) 
     from lm_jax.train_loop import NonFiniteLoss, Preempted
     from sharding import distributed
 
+    def leave(status: int, message: str = "") -> None:
+        if jax.process_count() == 1:
+            parser.exit(status, message)
+        sys.stderr.flush()
+        os.write(2, message.encode())
+        os._exit(status)
+
     try:
         yield
+    except SystemExit as ended:
+        if not isinstance(ended.code, int) or not ended.code:
+            raise
+        leave(ended.code)
     except (NonFiniteLoss, *failures) as error:
-        parser.exit(1, f"error: {error}\n")
+        leave(1, f"error: {error}\n")
     except Preempted as error:
         os.write(2, f"{error}; {STOPPED}".encode())
         os._exit(distributed.PREEMPTED)  # at once: of the other processes some may be gone already
@@ -107,12 +121,16 @@ def ending_as_told(parser: argparse.ArgumentParser, *failures: type[Exception]) 
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        lost = _LOST.search(str(error)) and not _OWN.search(str(error))
-        if not lost or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        if not _lost(error) or not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
             os._exit(1)
         reason = f"{error}\nprocess {jax.process_index()}: the run cannot go on without the others; {STOPPED}"
         os.write(2, reason.encode())
         os._exit(distributed.PREEMPTED)
+
+
+def _lost(error: Exception) -> bool:
+    """Whether an error is that another process is gone."""
+    return bool(_LOST.search(str(error)) and not _OWN.search(str(error)))
 
 
 def _end(number: int, frame: FrameType | None) -> None:

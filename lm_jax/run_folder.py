@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 from lm_jax.checkpoint import load_tree, save_tree
 from sharding.distributed import on_primary
+
+# Keys of a config that say how the work is laid out, not what is computed: a run that goes on with others is the same
+# to rounding.
+LAYOUT = ("mesh", "micro_batches", "remat")
 
 
 class ConfigChanged(ValueError):
@@ -22,6 +27,7 @@ class RunFolder:
 
     Raises:
         ConfigChanged: the folder was started with a config that differs; names every differing key with both values.
+        ValueError, NotADirectoryError: as `refuse_other_config` says.
     """
 
     def __init__(self, workdir: Path, config: Mapping[str, Any]):
@@ -64,8 +70,15 @@ class RunFolder:
         """The arrays of a finished stage, placed as `like`."""
         return load_tree(self.path / "stages" / stage / "arrays", like)
 
-    def once(self, stage: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The facts of a stage without arrays: `make` runs unless it is finished."""
+    def once(self, stage: str, make: Callable[[], Mapping[str, Any]], leaves: Path | None = None) -> Mapping[str, Any]:
+        """The facts of a stage without arrays: `make` runs unless it is finished, and again where `leaves` is gone."""
+
+        def forget() -> None:
+            if not leaves.exists():
+                (self.path / "stages" / stage / "done.json").unlink(missing_ok=True)
+
+        if leaves is not None:
+            on_primary(f"{stage}: is it there", forget)
         facts = self.finished(stage)
         if facts is None:
             facts = make()
@@ -76,8 +89,19 @@ class RunFolder:
 def refuse_other_config(workdir: Path, config: Mapping[str, Any]) -> None:
     """Raise ConfigChanged, naming every differing key with both values, where the folder holds another config's run.
 
-    Raises NotADirectoryError where it is a file.
+    Keys in `LAYOUT` may differ. Raises NotADirectoryError where it is a file, ValueError where it is an address, or
+    where the config has a value that JSON does not.
     """
+    if address := re.match(r"[A-Za-z][\w+.-]+:/(?!:)", workdir.as_posix()):
+        raise ValueError(
+            f"--workdir: {workdir} begins with {address[0]}, an address; a run lives in a folder: mount the bucket and "
+            "give the folder, see docs/tpu_pod.md"
+        )
+    for key, value in _flatten(config).items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"{key}: {value!r} cannot be kept in config.json: {error}") from error
     if workdir.is_file():
         raise NotADirectoryError(f"--workdir: {workdir} is a file; a run lives in a folder")
     file = workdir / "config.json"
@@ -87,7 +111,7 @@ def refuse_other_config(workdir: Path, config: Mapping[str, Any]) -> None:
     changed = [
         f"  {key}: {before.get(key, '(absent)')!r} then, {now.get(key, '(absent)')!r} now"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, "(absent)") != now.get(key, "(absent)")
+        if before.get(key, "(absent)") != now.get(key, "(absent)") and key.rpartition(".")[2] not in LAYOUT
     ]
     if changed:
         raise ConfigChanged(

@@ -42,8 +42,11 @@ class RunLog:
         return self._events[stage]
 
     def seconds(self, stage: str) -> float:
-        """What a stage has taken so far, over all the times it was resumed: the `seconds` of its newest record."""
-        if not self._path.exists():
+        """What a stage has taken so far, over all the times it was resumed: the `seconds` of its newest record.
+
+        0 in a process that logs nothing: the one that does may be writing.
+        """
+        if _silent or not self._path.exists():
             return 0.0
         return next((r.get("seconds", 0.0) for r in reversed(read_log(self._path)) if r["stage"] == stage), 0.0)
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lm_jax.config import DecoderConfig
+from lm_jax.config import FAMILY_OF, DecoderConfig
 from lm_jax.parameters import Parameters, table
+from lm_jax.typed_config import read_fields
 
 
 def shape_from_fields(fields: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
-    """A DecoderConfig from a config's fields; the vocabulary is rounded up to a multiple of 64."""
-    known = [field.name for field in dataclasses.fields(DecoderConfig)]
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"shape: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return DecoderConfig(**{"vocab_size": -(-vocab_size // 64) * 64, **fields})
+    """A DecoderConfig from a config's fields, every error naming its own.
+
+    By default the vocabulary is rounded up to a multiple of 64, `qk_norm` and `qkv_bias` are as the family has them.
+    """
+    defaults = {name: fields.get("family") == family for name, family in FAMILY_OF.items()}
+    return read_fields(DecoderConfig, {"vocab_size": -(-vocab_size // 64) * 64, **defaults, **fields}, "shape.")
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:

@@ -26,7 +26,8 @@ def locate(source: str | Path, patterns: Iterable[str]) -> Path:
     if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: neither a model folder nor a .gguf file")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+        # A pattern's * goes through folders too, such as that of another form of the model.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises its own, httpx's and OS errors
         raise ConnectionError(
             f"{name!r} is no folder or .gguf file here, and the Hugging Face hub did not give it "

@@ -6,7 +6,7 @@ terms over the tokens at hand, and separately the term's *denominator*, which de
     loss = sum over terms of  coefficient[term] * sum[term] / denominator[term]
 
 is then the same number, with the same gradient, for any micro-batching, packing, row order or mesh. A term without data
-has denominator 0 and contributes exactly 0.
+has denominator 0 and contributes exactly 0; as a metric it is absent.
 """
 
 from __future__ import annotations

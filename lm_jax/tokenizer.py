@@ -70,6 +70,22 @@ class Tokenizer:
         reader = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         return [encoding.ids for encoding in reader.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def chat(self, content: str) -> str:
+        """What a user says as the model's chat template has it, up to where the answer begins; without a template the
+        content itself."""
+        if not (template := self._settings.get("chat_template")):
+            return content
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import, and seldom needed
+
+        special = {name: self._settings[name] for name in ("bos_token", "eos_token") if name in self._settings}
+        (text,), _ = render_jinja_template(
+            conversations=[[{"role": "user", "content": content}]],
+            chat_template=template,
+            add_generation_prompt=True,
+            **{name: token["content"] if isinstance(token, dict) else token for name, token in special.items()},
+        )
+        return text
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, special tokens included; ids beyond the tokenizer's vocabulary have no text."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)

@@ -47,7 +47,7 @@ def fit(
 
     Batches and coefficients are functions of the step number (and of the state, where rollouts are drawn from it), so a
     resumed run sees what the uninterrupted one would have seen. Records carry the `seconds` that the stage has taken,
-    those before a resume included.
+    those before a resume included, and no metric that is NaN: its step had no data for it.
 
     Args:
         together: steps that share what was drawn from the state before the first of them. Told to stop, the loop ends
@@ -75,6 +75,8 @@ def fit(
     def record(number: int, metrics: Mapping[str, jax.Array], host: Mapping[str, float], tokens: int) -> None:
         nonlocal clock
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()} | dict(host)
+        without_data = {name for name, value in values.items() if math.isnan(value)} - {"loss", "grad_norm"}
+        values = {name: value for name, value in values.items() if name not in without_data}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             where = "no checkpoint yet" if good is None else f"the last good checkpoint is {folder / str(good)}"
             raise NonFiniteLoss(

@@ -74,7 +74,8 @@ def make_step(
     """The jitted train step of an objective: `update(state, batch, coefficients)` -> (state, metrics).
 
     The batch's rows are split into `micro_batches` that run one after the other; sums and gradients are accumulated and
-    divided once, so their number changes memory and nothing else. The state is donated.
+    divided once, so their number changes memory and nothing else. The state is donated. A mean of no data is NaN, and
+    adds exactly 0 to the loss.
     """
 
     def gradients(parameters: Parameters, batch, coefficients):
@@ -108,7 +109,7 @@ def make_step(
         gradient = {
             name: constrain(x, rows_of_table[name].axes) if name in rows_of_table else x for name, x in gradient.items()
         }
-        means = {name: token_loss.ratio(total, denominators[name]) for name, total in sums.items()}
+        means = {name: total / denominators[name] for name, total in sums.items()}  # without data not a number
         means["loss"] = token_loss.combine({name: sums[name] for name in coefficients}, denominators, coefficients)
         return gradient, means
 

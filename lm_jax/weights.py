@@ -236,6 +236,7 @@ def write_weights(
     bos: int | None = None,
     eos: int | None = None,
     pad: int | None = None,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights, as transformers' ...ForCausalLM reads them.
 
@@ -243,14 +244,15 @@ def write_weights(
         dtype: of the stored tensors, float32, float16 or bfloat16.
         shard_bytes: largest size of a safetensors file (a single larger tensor still gets a file of its own).
         bos, eos, pad: the tokenizer's ids, None where it has none.
+        max_new_tokens: what generate() stops at unless told otherwise, in transformers 20.
     """
     folder = Path(folder)
     write_safetensors(folder, hugging_face_tensors(config, parameters, dtype=dtype), shard_bytes=shard_bytes)
     if jax.process_index() == 0:
         settings = to_hugging_face(config, bos=bos, eos=eos, pad=pad)
         _write_json(folder / "config.json", {**settings, "torch_dtype": jnp.dtype(dtype).name})
-        ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-        _write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+        told = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
+        _write_json(folder / "generation_config.json", {key: value for key, value in told.items() if value is not None})
 
 
 def weights_digest(folder: Path) -> str:

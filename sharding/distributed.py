@@ -24,15 +24,20 @@ GRACE = 60  # seconds between SIGTERM and the end, whatever the run is doing
 PREEMPTED = 75  # exit status of a run that a launcher should start again (EX_TEMPFAIL of sysexits.h)
 
 
-def start() -> None:
+def start(*, hears_sigterm: bool = False) -> None:
     """Join the other processes, if the environment says there are any; call it before anything else of jax.
 
     Either plain addresses, JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID; or
     AFRL_DISTRIBUTED=1, and jax finds out by itself (TPU pods, SLURM, Open MPI, Kubernetes).
 
+    Args:
+        hears_sigterm: jax takes SIGTERM over and passes it on, for a program that asks `stop.wanted` at every step. Any
+            other program would only become deaf to it.
+
     Raises:
         ValueError: only some of the plain addresses are given.
     """
+    jax.config.update("jax_enable_preemption_service", hears_sigterm)
     plain = {name: os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     given = [value for value in (address, *plain.values()) if value is not None]
@@ -86,23 +91,42 @@ def batch_parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
 
 
-def share(mesh: Mesh | None) -> tuple[int, int]:
-    """(index, count): this process computes the index-th of `count` equal pieces of every batch's rows.
+def row_blocks(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Which of a batch's `batch_parts` blocks of rows each process holds, by its number. They need not follow on each
+    other: a slice's torus is cut across its hosts."""
+    parts = batch_parts(mesh)
+    found: dict[int, set[int]] = {}
+    place = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    for device, (rows,) in place.devices_indices_map((parts,)).items():
+        found.setdefault(device.process_index, set()).add(rows.start or 0)
+    return {process: tuple(sorted(blocks)) for process, blocks in found.items()}
 
-    Processes that a tensor axis joins have the same piece. Where the mesh deals rows out in another order than by
-    process, the piece is all of it: (0, 1).
+
+def pieces(mesh: Mesh) -> list[tuple[int, ...]]:
+    """The equal pieces into which processes divide a batch, each the blocks of its rows; the same in all of them.
+
+    Processes that a tensor axis joins have the same piece. Where processes hold unlike numbers of blocks, or share only
+    some of them, there is one piece, all of it.
     """
+    parts = batch_parts(mesh)
+    distinct = sorted(set(row_blocks(mesh).values()))
+    alike = len({len(blocks) for blocks in distinct}) == 1 and sum(map(len, distinct)) == parts
+    return distinct if alike else [tuple(range(parts))]
+
+
+def share(mesh: Mesh | None) -> tuple[int, int]:
+    """(index, count): this process computes the index-th of `count` equal pieces of every batch's rows."""
     if mesh is None or jax.process_count() == 1:
         return 0, 1
-    parts = batch_parts(mesh)
-    place = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
-    mine = sorted({slices[0].start or 0 for slices in place.addressable_devices_indices_map((parts,)).values()})
-    whole = parts // len(mine) * len(mine) == parts and mine == list(range(mine[0], mine[0] + len(mine)))
-    return (mine[0] // len(mine), parts // len(mine)) if whole and mine[0] % len(mine) == 0 else (0, 1)
+    found = pieces(mesh)
+    return (found.index(row_blocks(mesh)[jax.process_index()]) if len(found) > 1 else 0), len(found)
 
 
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """Split a batch (a tree of NumPy arrays, this process's rows first) over the mesh; without a mesh, as it is."""
+    """Split a batch (a tree of NumPy arrays, this process's piece of the rows) over the mesh; without one, as it is.
+
+    A piece lies where its process holds rows, so the rows of the whole may be in another order: see `fetch_rows`.
+    """
     if mesh is None:
         return batch
     place = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -116,12 +140,22 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(whole, batch)
 
 
+def fetch_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """`fetch` of arrays with a row for each of a batch that `place_batch` placed: one piece's rows behind another's."""
+    found = fetch(tree)
+    if mesh is None or jax.process_count() == 1:
+        return found
+    order = np.concatenate(pieces(mesh))
+    return jax.tree.map(lambda x: x.reshape(len(order), -1, *x.shape[1:])[order].reshape(x.shape), found)
+
+
 class Stop:
     """SIGTERM, as a pod sends it before it takes a machine away.
 
     The first one is remembered and asked for at every step, by `wanted`; `GRACE` seconds later, or at the second one,
     the process ends whatever it is doing. With several processes the word of one is passed on to all by jax, and they
-    agree on the step; where no steps are made, between stages, they go on until they are killed.
+    agree on the step. No timer of ours runs then: where no steps are made, between stages, or where a step and its save
+    take longer than the machine is given, they go on until they are killed.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,8 @@ def make_mesh(shape: str = "", devices: list | None = None) -> Mesh:
         devices: the devices to arrange; all of them by default.
 
     Raises:
-        ValueError: an unknown axis, a size that is no integer, or sizes that do not multiply to the device count.
+        ValueError: an unknown axis, a size that is no integer, sizes that do not multiply to the device count, or that
+            the slice's torus cannot be cut into.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict.fromkeys(AXES, 1)
@@ -37,4 +38,12 @@ def make_mesh(shape: str = "", devices: list | None = None) -> Mesh:
         sizes[unknown[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {shape!r} does not cover {len(devices)} devices: {sizes}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # jax takes whole axes of the torus, or products of them
+        cut = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"mesh {shape!r}: {cut} does not go into this slice; each size must be one axis of its torus, or a product "
+            "of several, such as fsdp=16,tensor=4 of 4x4x4"
+        ) from None

@@ -37,6 +37,8 @@ class Program:
         work, unit: how much one run does: 4096 "tokens", 64 "pairs".
         resident: the names in `held` that are no arguments of the step but stay in memory beside it.
         turns: how often its `while` loops turn at most; scans say it themselves.
+        model_flops: what of its matrix products is the model's, on all chips; None where nothing is computed twice,
+            whatever the remat policy.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Program:
     unit: str
     resident: tuple[str, ...] = ()
     turns: int = 1
+    model_flops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ def measure(program: Program, chip: Chip, mesh: Mesh, remat: str, known: dict[st
     """
     with jax.set_mesh(mesh):
         traced = program.trace(remat)
-        model_flops = matrix_flops(program.trace("none").jaxpr.jaxpr, program.turns)
+        model_flops = program.model_flops or matrix_flops(program.trace("none").jaxpr.jaxpr, program.turns)
         held = {name: sum(map(chip_bytes, jax.tree.leaves(tree))) for name, tree in program.held.items()}
         resident = sum(held[name] for name in program.resident)
         lowered = traced.lower()

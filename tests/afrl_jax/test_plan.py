@@ -49,6 +49,26 @@ def test_a_chip_holds_its_part_of_the_weights_and_two_moments():
     assert rollout["cache"] > 0 and "cache" not in update
 
 
+def test_labelling_holds_the_float32_model_and_its_prefixes_beside_what_it_computes_with():
+    by_name = {program.name: program for program in planned("--config.dtype=bfloat16")}
+    for name in ("teacher labels", "scoring"):
+        found = held(by_name[name])
+        assert found["master"] > 1.9 * found["weights"]  # norms stay in float32
+        assert found["cache"] > 2**31  # what is kept, and prefixes of one batch
+        assert set(by_name[name].resident) == {"master", "cache"}
+    assert "master" not in held({program.name: program for program in planned("--config.dtype=float32")}["scoring"])
+
+
+def test_a_stage_with_adapters_ends_with_both_models_in_memory():
+    stage, *_ = [name for name in read_config(CONFIGS / "afrl_smoke.py", [])["stages"] if name == "sft"]
+    by_name = {p.name: p for p in planned(f"--config.{stage}.lora_rank=2", "--config.dtype=bfloat16")}
+    program = by_name[f"{stage}: merge"]
+    with jax.set_mesh(make_mesh("fsdp=4", topology("v5e:2x2")[1])):
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.trace("none").out_info))
+    assert whole / 4 > 1.9 * (held(program)["weights"] - held(by_name[stage])["optimizer"])
+    assert program.resident == ("optimizer",)
+
+
 def test_a_reference_stays_in_memory():
     by_name = {program.name: program for program in planned("--config.rl.kl=0.05")}
     for name in ("rl: update", "rl: rollout prefill"):

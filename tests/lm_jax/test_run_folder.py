@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,26 @@ def test_the_same_config_goes_on_and_another_is_refused_by_its_keys(tmp_path):
         "  stages: ['sft', 'rl'] then, ['sft'] now",
     ]
     assert (tmp_path / "runs" / "a" / "config.json").read_text() == saved
+
+
+def test_a_run_may_go_on_with_its_work_laid_out_in_another_way(tmp_path):
+    layout = {"mesh": "fsdp=16", "remat": "full", "sft": {"steps": 10, "micro_batches": 4}}
+    RunFolder(tmp_path, layout)
+    other = {"mesh": "fsdp=-1,tensor=4", "remat": "none", "sft": {"steps": 10, "micro_batches": 1}}
+    RunFolder(tmp_path, other)
+    assert json.loads((tmp_path / "config.json").read_text()) == layout
+    with pytest.raises(ConfigChanged, match=r"sft.steps: 10 then, 11 now"):
+        RunFolder(tmp_path, other | {"sft": {"steps": 11, "micro_batches": 1}})
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_address_is_no_folder_for_a_run(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"--workdir: .* begins with {address[:2]}:/, an address; .* mount the bucket"
+    ):
+        RunFolder(pathlib.Path(address), CONFIG)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_stage_keeps_its_facts_and_arrays_and_no_checkpoints(tmp_path):
@@ -75,6 +96,28 @@ def test_once_runs_once(tmp_path):
         facts = RunFolder(tmp_path, CONFIG).once("tokenizer", lambda: (calls.append(1), {"words": 5})[1])
         assert facts == {"words": 5}
     assert len(calls) == 1
+
+
+def test_what_was_made_once_is_made_again_where_it_is_gone(tmp_path):
+    made = tmp_path / "export"
+
+    def make():
+        made.mkdir()
+        return {"words": 5}
+
+    run = RunFolder(tmp_path, CONFIG)
+    run.once("export", make, leaves=made)
+    assert run.once("export", lambda: 1 / 0, leaves=made) == {"words": 5}
+    made.rmdir()
+    assert run.once("export", make, leaves=made) == {"words": 5}
+    assert made.is_dir()
+
+
+def test_a_value_that_json_does_not_have_is_refused_by_its_key_before_anything_is_written(tmp_path):
+    config = {"seed": 0, "data": {"train": {"path": tmp_path, "keep": (0.0, 0.9)}}}
+    with pytest.raises(ValueError, match=r"^data\.train\.path: PosixPath.* cannot be kept in config\.json"):
+        RunFolder(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_small_file_is_whole_or_not_there(tmp_path, monkeypatch):

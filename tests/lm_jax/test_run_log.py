@@ -53,6 +53,13 @@ def test_seconds_of_a_stage_are_those_of_its_newest_record(tmp_path):
     assert [log.seconds(stage) for stage in ("text", "sft", "rl")] == [7.5, 3.5, 0]
 
 
+def test_a_silent_process_reads_no_log_that_another_is_writing(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("half a line of\nanother process")
+    monkeypatch.setattr(run_log, "_silent", False)
+    run_log.silence()
+    assert RunLog(tmp_path).seconds("sft") == 0
+
+
 def tensorboard_events(file):
     data = file.read_bytes()
     while data:  # records of a TFRecord file: length (8 bytes), its checksum (4), the event, its checksum (4)

@@ -160,6 +160,9 @@ def test_a_vocabulary_larger_than_the_tokenizers(qwen3_tokenizer, tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again.encode(LICENCE) == tokenizer.encode(LICENCE)
     assert again.chat_template == json.loads((qwen3_tokenizer / "tokenizer_config.json").read_text())["chat_template"]
+    said = [{"role": "user", "content": "what is {prompt}?"}]
+    told = again.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.chat("what is {prompt}?") == told != "what is {prompt}?"
 
 
 def test_gguf_tokenizer_equals_transformers_own_gguf_loader(smollm2_gguf):

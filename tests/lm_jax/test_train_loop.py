@@ -134,6 +134,21 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_record_a_step(tmp_path, u
         assert mine["tokens_per_second"] > 0
 
 
+def test_a_metric_without_data_is_left_out_of_the_log(tmp_path):
+    step = make_step()
+
+    def update(state, batch, coefficients):
+        state, metrics = step.update(state, batch, coefficients)
+        return state, metrics | {"of_nothing": jnp.float32(0) / 0, "of_something": jnp.float32(0)}
+
+    run(tmp_path, steps=2, step=Step(update, gradients))
+    found = records(tmp_path)
+    assert len(found) == 2
+    for record in found:
+        assert "of_nothing" not in record
+        assert record["of_something"] == 0
+
+
 def test_told_to_stop_it_ends_after_steps_that_belong_together(tmp_path, monkeypatch, uninterrupted):
     """Every third step draws anew from the state before it; a run that stopped between would draw too early."""
     held = {}

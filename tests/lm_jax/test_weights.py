@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 
 from lm_jax.config import DecoderConfig, to_hugging_face
 from lm_jax.parameters import initialize, table
@@ -189,14 +190,18 @@ def test_sources_that_do_not_exist(tmp_path):
 def test_a_hub_id_is_fetched_with_the_patterns_asked_for(folder, monkeypatch):
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
-        asked[name] = allow_patterns
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        asked[name] = allow_patterns, ignore_patterns
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert locate("someone/model", ("*.json",)) == folder
-    assert asked == {"someone/model": ["*.json"]}
+    assert asked == {"someone/model": (["*.json"], ["*/*"])}
     assert_same(read_weights("someone/model")[1], initialize(TINY, seed=3))
+    allowed, ignored = asked["someone/model"]
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.bin", "sequence_classifier/model.safetensors"]
+    fetched = filter_repo_objects(files, allow_patterns=allowed, ignore_patterns=ignored)
+    assert list(fetched) == files[:2]  # the hub's * goes through folders
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -1,5 +1,6 @@
 """What the compiled steps exchange between chips: never the head, never logits."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -8,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from afrl_jax import sft
+from afrl_jax import batch_plan, distill, sft, stepwise_grpo
+from afrl_jax.label_step import trace_step
+from core_jax import mpo
 from lm_jax import optimizer, rows, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import abstract
@@ -24,11 +27,15 @@ CONFIG = DecoderConfig("qwen3", V, D, 2, 4, 2, 64, 640, tied_head=False, qk_norm
 TARGETS = 48
 
 
-@pytest.fixture(scope="module", params=["fsdp=2,tensor=2", "fsdp=4"])
-def mesh(request):
+def four_chips(shape: str):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: it holds the compiler for TPUs")
-    made = make_mesh(request.param, topology("v5e:2x2")[1])
+    return make_mesh(shape, topology("v5e:2x2")[1])
+
+
+@pytest.fixture(scope="module", params=["fsdp=2,tensor=2", "fsdp=4"])
+def mesh(request):
+    made = four_chips(request.param)
     with jax.set_mesh(made):
         yield made
 
@@ -57,19 +64,50 @@ def vocabulary_wide(found, mesh) -> list:
     return [(kind, sizes) for kind, sizes in found if widths & set(sizes) and math.prod(sizes) > max(widths)]
 
 
+def embeddings_gathered(lowered, mesh) -> int:
+    """How often a chip receives an array V x D, or its tensor share of it: the embedding, where rows are looked up."""
+    tables = [sorted((V // mesh.shape["tensor"], D)), sorted((V, D))]
+    wide = [
+        each
+        for each in collectives(lowered)
+        for shape in each.shapes
+        if each.kind == "all-gather" and sorted(map(int, re.findall(r"\d+", shape.split("[")[1]))) in tables
+    ]
+    return sum(each.times for each in wide)
+
+
+SHAPE = rows.RowShape(
+    128, TARGETS, 8, ("label_weight", "explanation_weight", *stepwise_grpo.TOKEN_VALUES),
+    (
+        ("label_unit", ()), ("label_gold", (3,)), ("exact_unit", ()), ("label_reward", (3,)), ("teacher_logprob", (3,)),
+    ),
+)  # fmt: skip
+OBJECTIVES = {
+    "sft": (sft.SFT, sft.TERMS),
+    "rl": (stepwise_grpo.make_objective(kl=True), stepwise_grpo.TERMS),
+    "distill": (distill.make_objective(), distill.TERMS),
+}
+
+
+def lowered_step(mesh, kind: str):
+    """A step in bfloat16 with remat "full" in two micro-batches."""
+    transformation = optimizer.make_optimizer(CONFIG, lambda step: 1e-3, weight_decay=0.1, clip=1.0)
+    common = {"micro_batches": 2, "dtype": "bfloat16", "remat": "full"}
+    state, shape = train_state.abstract_state(parameters(mesh), transformation), SHAPE
+    if kind == "mpo":
+        step, terms = mpo.make_step(CONFIG, transformation, beta=0.1, delta="running", **common), mpo.TERMS
+        scalar, shape = jax.ShapeDtypeStruct((), np.float32), mpo.row_shape(128, 16, 24)
+        state = mpo.MPOState(state.step, state.parameters, state.optimizer, scalar, scalar)
+    else:
+        objective, terms = OBJECTIVES[kind]
+        step = train_state.make_step(CONFIG, objective, transformation, label_ids=(5, 6, 7), **common)
+    batch = {name: on(mesh, x.dtype, *x.shape) for name, x in rows.abstract_batch(shape, 8).items()}
+    return step.update.lower(state, batch, {name: jax.ShapeDtypeStruct((), np.float32) for name in terms})
+
+
 @pytest.fixture(scope="module")
 def train_step(mesh):
-    """A step of SFT with remat "full" in two micro-batches, lowered."""
-    shape = rows.RowShape(
-        128, TARGETS, 8, ("label_weight", "explanation_weight"), (("label_unit", ()), ("label_gold", (3,)))
-    )
-    transformation = optimizer.make_optimizer(CONFIG, lambda step: 1e-3, weight_decay=0.1, clip=1.0)
-    step = train_state.make_step(
-        CONFIG, sft.SFT, transformation, label_ids=(5, 6, 7), micro_batches=2, dtype="bfloat16", remat="full"
-    )
-    state = train_state.abstract_state(parameters(mesh), transformation)
-    batch = {name: on(mesh, x.dtype, *x.shape) for name, x in rows.abstract_batch(shape, 8).items()}
-    return step.update.lower(state, batch, {name: jax.ShapeDtypeStruct((), np.float32) for name in sft.TERMS})
+    return lowered_step(mesh, "sft")
 
 
 def test_a_train_step_gathers_neither_head_nor_logits(mesh, train_step):
@@ -83,6 +121,19 @@ def test_a_train_step_gathers_neither_head_nor_logits(mesh, train_step):
     assert sum(kind == "all-gather" for kind, sizes in wide) <= 1  # the embedding; with the head it would be two
 
 
+@pytest.mark.parametrize("kind", ["rl", "distill", "mpo"])
+def test_of_other_steps_a_micro_batch_gathers_one_table_too(kind):
+    mesh = four_chips("fsdp=2,tensor=2")
+    with jax.set_mesh(mesh):
+        assert embeddings_gathered(lowered_step(mesh, kind), mesh) <= 2
+
+
+def test_scoring_gathers_one_table(mesh):
+    batch, *_ = batch_plan.plan([60] * 16, [0] * 16, [0] * 16, budget=512, rows=4)
+    traced = trace_step(parameters(mesh), CONFIG, batch, grades=3, prefix_size=128, dtype="bfloat16")
+    assert embeddings_gathered(traced.lower(), mesh) <= 1
+
+
 def test_tensor_parallel_sums_of_activations_are_five_a_layer(mesh, train_step):
     """Forward after attention and feed-forward, again after attention where it is recomputed, backward at each's start:
     not one for each of the five products there. And one a micro-batch, of the embeddings that are looked up."""
@@ -92,11 +143,15 @@ def test_tensor_parallel_sums_of_activations_are_five_a_layer(mesh, train_step):
     assert found == (0 if tensor == 1 else (5 * CONFIG.layers + 1) * micro_batches)
 
 
-def test_sampling_exchanges_no_logits(mesh):
+@pytest.mark.parametrize("tied", [False, True])
+def test_sampling_gathers_the_embedding_once_and_never_head_or_logits(mesh, tied):
+    config = dataclasses.replace(CONFIG, tied_head=tied)
     tokens, lengths = on(mesh, np.int32, 4, 64), on(mesh, np.int32, 4)
     lowered = sample.lower(
-        parameters(mesh), tokens, lengths, on(mesh, np.uint32, 4), jax.eval_shape(lambda: jax.random.key(0)),
-        config=CONFIG, group=4, max_new_tokens=8, eos=2, dtype="bfloat16",
+        abstract(config, mesh), tokens, lengths, on(mesh, np.uint32, 4), jax.eval_shape(lambda: jax.random.key(0)),
+        config=config, group=4, max_new_tokens=8, eos=2, dtype="bfloat16",
     )  # fmt: skip
-    logits = [(kind, sizes) for kind, sizes in exchanged(lowered) if sizes and sizes[-1] == V and len(sizes) > 1]
-    assert [each for each in logits if each[1] not in ((D, V),)] == []
+    assert embeddings_gathered(lowered, mesh) == 1  # before the first token, not at every one
+    table = {V // mesh.shape["tensor"], D}
+    rest = [sizes for _, sizes in vocabulary_wide(exchanged(lowered), mesh) if set(sizes) != table]
+    assert [sizes for sizes in rest if sizes[-1] in (V, V // mesh.shape["tensor"])] == []

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.plan_figures import GOLDEN, differences, entries
 from lm_jax.config import preset
+from sharding.chips import CHIPS
 
 
 def test_the_students_programs_cost_what_they_did():
@@ -17,6 +18,26 @@ def test_the_students_programs_cost_what_they_did():
     assert list(found) == ["student v5e:4x4 scoring"]
     for name, figures in found.items():
         assert not differences(figures, golden[name]), "see benchmarks/plan_figures.py for what to do about it"
+
+
+@pytest.mark.parametrize(
+    ("program", "mfu"),
+    # The goal is .5; the update of RL misses it by .033, as the config says.
+    [("sft_rules", 0.5), ("sft_conflicts", 0.5), ("rl: update", 0.466)],
+)
+def test_the_teachers_steps_fit_and_use_half_of_the_chips(program, mfu):
+    figures = json.loads(GOLDEN.read_text())[f"32B v5p:4x4x4 {program}"]
+    assert figures["fits"]
+    assert figures["GiB"] < 0.9 * CHIPS["v5p"].memory / 2**30
+    assert figures["MFU"] >= mfu
+
+
+@pytest.mark.parametrize("teacher", ["0.6B", "8B", "32B"])
+def test_every_program_of_the_recipe_fits_into_its_slice(teacher):
+    of_teacher = {n: f for n, f in json.loads(GOLDEN.read_text()).items() if n.startswith(f"{teacher} v5p:4x4x4")}
+    assert len(of_teacher) == 6
+    for name, figures in of_teacher.items():
+        assert figures["fits"] and figures["GiB"] < 0.9 * CHIPS["v5p"].memory / 2**30, name
 
 
 def test_the_golden_file_is_of_plausible_figures():

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
+from sharding.chips import topology
 from sharding.mesh import AXES, make_mesh
 from sharding.rules import constrain, spec
 
@@ -66,6 +68,13 @@ def test_shapes_on_eight_devices():
 def test_a_mesh_that_cannot_be_is_refused(shape, told):
     with pytest.raises(ValueError, match=told):
         make_mesh(shape, EIGHT)
+
+
+def test_a_mesh_that_the_torus_cannot_be_cut_into_is_refused():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: it describes slices")
+    with pytest.raises(ValueError, match="'tensor=2,fsdp=-1': fsdp=32, tensor=2 does not go into this slice"):
+        make_mesh("tensor=2,fsdp=-1", topology("v5p:4x4x4")[1])
 
 
 def test_arrays_are_split_where_the_mesh_divides_them():
