@@ -9,9 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from afrl_jax.schema import Instruction, Scale
 from lm_jax.program import before_jax
 
+KERNELS = ("auto", "xla", "pallas_tpu")  # with the names of `kernels.implementation`, which imports jax
+CACHE_HELP = "of keys and values of queries, kept for their next documents (2 GiB, on a CPU 256 MiB); 0 keeps none"
+
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose --help is `description` as it is written, and that knows `--model` and how it is asked."""
+    """A parser whose --help is `description` as it is written, and that knows `--model`, how it is asked and computed.
+
+    The program hands `--kernels` to `lm_jax.program.use_kernels`.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,6 +31,7 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", help="zero-shot only: one sentence that tells the model what to judge")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="what kernels must run by (%(default)s)")
     return parser
 
 

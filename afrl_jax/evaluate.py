@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from afrl_jax.model_evaluation import calibrate, predict_judgments
     from afrl_jax.report import write_report
     from afrl_jax.scoring import RelevanceModel
+    from lm_jax.program import use_kernels
 
+    use_kernels(args.kernels)
     with told_plainly(parser):
         given = zero_shot_instruction(args.labels, args.task)
         # The scale is known before the weights are read, so a bad row is told at once.

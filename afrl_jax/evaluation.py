@@ -21,6 +21,7 @@ from lm_jax.bootstrap import Difference, Figure, Resamples, interval, two_sided_
 CUTOFF = 10
 PASS_AT = 8
 BUCKETS = ("head", "torso", "tail")
+NO_RULE = -1  # of a judgment whose deciding rule is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Predictions:
 
     `probabilities` [N, C] are what the model serves: they rank by expected grade, and `decision` makes a grade of
     them. `uncalibrated` [N, C] are the model's own, for the figures before calibration and for label entropy. `rule`
-    int [N] is the gold deciding rule. `explanation` maps a check ("format", "consistency", "rule_accuracy") to float
-    [N], 1 passed, 0 failed, NaN not checked. What a data set does not have is None or empty, its figures are absent.
+    int [N] is the gold deciding rule, NO_RULE where it is not known. `explanation` maps a check ("format",
+    "consistency", "rule_accuracy") to float [N], 1 passed, 0 failed, NaN not checked. What a data set does not have is
+    None or empty, its figures are absent.
     """
 
     query_index: np.ndarray
@@ -75,8 +77,8 @@ def frequency_bucket(frequency: float) -> str:
 
 
 def rule_frequencies(rule: np.ndarray) -> dict[int, float]:
-    """Share of the pairs that each rule decides, from the deciding rules int [N]."""
-    numbers, counts = np.unique(rule, return_counts=True)
+    """Share of the pairs that each rule decides, from the deciding rules int [N]; pairs with NO_RULE do not count."""
+    numbers, counts = np.unique(rule[rule != NO_RULE], return_counts=True)
     return dict(zip(numbers.tolist(), (counts / counts.sum()).tolist(), strict=True))
 
 
@@ -91,7 +93,7 @@ def evaluate_predictions(
     signed_grade_error                             in grades, positive is too generous
     label_entropy                                  in nats, uncalibrated where given
     pass@8                                         a right label among 8 answers, 1 - (1 - p_gold)^8, likewise
-    rule_recall/<number>, rule_recall/<bucket>     share of the pairs a rule decides that got their gold grade
+    rule_recall/<number>, rule_recall/<bucket>     share of the pairs a known rule decides that got their gold grade
     explanation/<check>                            share of the checked pairs that passed
 
     pass@8 is exact: the label is one draw at the first position, which nothing that follows can change; drawing whole
@@ -195,12 +197,11 @@ def _statistics(predictions: Predictions, rule_frequency: Mapping[int, float] | 
 
     if predictions.rule is not None:
         frequency = rule_frequency or rule_frequencies(predictions.rule)
-        numbers = np.unique(predictions.rule)
-        bucket = np.array([BUCKETS.index(frequency_bucket(frequency.get(int(number), 0))) for number in numbers])
-        row_bucket = bucket[np.searchsorted(numbers, predictions.rule)]
+        numbers = np.unique(predictions.rule[predictions.rule != NO_RULE])
         right = (predicted == grade).astype(float)
-        for index, name in enumerate(BUCKETS):
-            statistics[f"rule_recall/{name}"] = mean(np.where(row_bucket == index, right, np.nan))
+        for name in BUCKETS:
+            members = [number for number in numbers if frequency_bucket(frequency.get(int(number), 0)) == name]
+            statistics[f"rule_recall/{name}"] = mean(np.where(np.isin(predictions.rule, members), right, np.nan))
         for number in numbers:
             statistics[f"rule_recall/{number}"] = mean(np.where(predictions.rule == number, right, np.nan))
 

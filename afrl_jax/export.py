@@ -29,7 +29,7 @@ from afrl_jax.answer_format import AnswerFormat
 from afrl_jax.calibration import Calibration
 from afrl_jax.decision import Decision
 from afrl_jax.schema import Document, Query
-from afrl_jax.scoring import RelevanceModel
+from afrl_jax.scoring import ANSWER_TOKENS, RelevanceModel
 from lm_jax import run_log
 from lm_jax.config import ARCHITECTURES, DecoderConfig, to_hugging_face
 from lm_jax.parameters import Parameters
@@ -127,7 +127,8 @@ def transformers_probabilities(
 
 def _write_causal_model(folder: Path, parameters: Parameters, model: RelevanceModel) -> None:
     tokenizer = model.format.tokenizer
-    write_weights(folder, model.config, parameters, shard_bytes=SHARD_BYTES, **_special_tokens(model.format))
+    stops = {**_special_tokens(model.format), "max_new_tokens": ANSWER_TOKENS}
+    write_weights(folder, model.config, parameters, shard_bytes=SHARD_BYTES, **stops)
     if jax.process_index() == 0:
         tokenizer.save(folder)
 

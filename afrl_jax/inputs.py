@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -23,8 +24,7 @@ from lm_jax.weights import read_source_config
 from sharding.distributed import batch_parts
 from sharding.mesh import make_mesh
 
-TEXTS = "clips_text"  # the data format that holds texts; all others hold judgments
-BUILT_IN = (*sources.GENERATORS, TEXTS)  # data formats that bring their own instruction
+BUILT_IN = (*sources.GENERATORS, sources.TEXTS)  # data formats that bring their own instruction
 TOKENIZER_TEXTS = 4000  # of each data set, that a tokenizer is trained on
 
 
@@ -37,6 +37,10 @@ class Inputs:
     format: AnswerFormat
     shapes: Mapping[str, DecoderConfig]
     mesh: Mesh | None
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each data set as it was read, its order included."""
+        return {name: _digest(rows) for name, rows in {**self.texts, **self.judgments}.items()}
 
 
 def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
@@ -68,9 +72,18 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
     shapes: dict[str, DecoderConfig] = {}
     for model in sorted({stage.model for stage in settings.stages}, reverse=True):  # the teacher first
         shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
+        _check_tokenizer(model, settings, format, judgments)
+    _check_apart(settings, judgments)
     _check_rows(settings, format, judgments)
     _check_text_rows(settings, tokenizer, texts)
     return Inputs(judgments, texts, format, shapes, mesh)
+
+
+def _digest(rows: Iterable[Judgment | DomainText]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def _check_batch(name: str, stage: Stage, mesh: Mesh | None) -> None:
@@ -107,14 +120,11 @@ def _open_data(
         judged |= {settings.evolve.dev_new, settings.evolve.dev_replay, settings.evolve.test} - {""}
     read = set()
     for stage in settings.stages:
-        if isinstance(stage, TextStage):
-            read.add(stage.texts)
-        elif isinstance(stage, RLStage):
-            judged |= {stage.prompts_from, stage.experts_from} - {""}
-        else:
-            texts = {source for source in stage.mixture if settings.data[source].get("format") == TEXTS}
-            read |= texts
-            judged |= stage.mixture.keys() - texts
+        named = _read_by(stage)
+        texts = {name for name in named if settings.data[name].get("format") == sources.TEXTS}
+        texts |= named if isinstance(stage, TextStage) else set()
+        read |= texts
+        judged |= named - texts
     found: tuple[dict, dict] = ({}, {})
     for name in sorted(judged | read):
         source = settings.data[name]
@@ -130,6 +140,13 @@ def _open_data(
         if not rows:
             raise ValueError(f"data.{name} is empty: {dict(source)}")
     return found
+
+
+def _read_by(stage: Stage) -> set[str]:
+    """Names in `data`."""
+    if isinstance(stage, TextStage):
+        return {stage.texts}
+    return {stage.prompts_from, stage.experts_from} - {""} if isinstance(stage, RLStage) else set(stage.mixture)
 
 
 def _train_tokenizer(
@@ -165,6 +182,59 @@ def _shape(
     if shape.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"{model}: vocab_size {shape.vocab_size} is below the tokenizer's, {tokenizer.vocab_size}")
     return shape
+
+
+def _check_tokenizer(
+    model: str, settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]
+) -> None:
+    """Weights know the tokens of their own tokenizer alone; one without a tokenizer is taken at its word."""
+    source, used = getattr(settings, model).source, settings.tokenizer or settings.teacher.source
+    if source in ("", used):
+        return
+    try:
+        own = Tokenizer.load(source)
+    except FileNotFoundError:
+        return
+    some = itertools.chain.from_iterable(rows[:20] for rows in judgments.values())
+    for judgment in some:
+        for text in plain_texts(_graded(judgment), format.instruction, show_rules=settings.show_rules):
+            if own.encode(text) != format.tokenizer.encode(text):
+                raise ValueError(
+                    f"{model}.source: the tokenizer of {source!r} makes other tokens than that of {used!r}, which the "
+                    f"run uses, for example of {text[:60]!r}; its weights would read them as other words"
+                )
+
+
+def _check_apart(settings: Settings, judgments: Mapping[str, list[Judgment]]) -> None:
+    """What is measured is not learned: no pair of test or calibration is trained on, no query is in both.
+
+    Data that are split by pairs, not by queries, pass: then a query is trained on with other documents.
+    """
+    trained = set().union(*map(_read_by, settings.stages)) & judgments.keys()
+    named = {key: getattr(settings.evaluation, key) for key in ("test", "calibration")}
+    for key, name in named.items():
+        held = set(map(_pair, judgments[name]))
+        for source in sorted(trained):
+            shared = [judgment for judgment in judgments[source] if _pair(judgment) in held]
+            if shared:
+                raise ValueError(
+                    f"evaluation.{key}: {len(shared)} pairs of data.{source}, which is trained on, are in data.{name} "
+                    f"too, such as query {shared[0].query.text!r} with document {shared[0].document.doc_id!r}; "
+                    "figures would flatter the model"
+                )
+    test, calibration = ({judgment.query.text for judgment in judgments[name]} for name in named.values())
+    if shared := test & calibration:
+        raise ValueError(
+            f"evaluation.calibration: {len(shared)} queries of data.{named['calibration']} are in data.{named['test']} "
+            f"too, such as {min(shared)!r}; figures would flatter the model"
+        )
+
+
+def _pair(judgment: Judgment) -> tuple:
+    """What the model is shown: ids do not matter."""
+    query, document = judgment.query, judgment.document
+    shown = (query.text, query.context, query.instruction, document.title, document.text)
+    return (*shown, *document.fields.items())
 
 
 def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]) -> None:

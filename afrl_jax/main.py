@@ -74,10 +74,12 @@ def _plan(parser: argparse.ArgumentParser, config: Mapping[str, Any], parsed: ar
 def _run(parser: argparse.ArgumentParser, config: Mapping[str, Any], workdir: Path) -> None:
     join_run(parser)
     # Imported here, so that --help and a mistyped argument answer at once.
+    from afrl_jax.instructions.budget import BudgetExceeded
+    from afrl_jax.instructions.client import LanguageModelError
     from afrl_jax.recipe import Recipe
     from afrl_jax.settings import read_settings
 
-    with ending_as_told(parser):
+    with ending_as_told(parser, BudgetExceeded, LanguageModelError):
         try:
             settings = read_settings(config)
             use_kernels(settings.kernels)

@@ -12,7 +12,7 @@ import numpy as np
 from afrl_jax.answer_format import CONSISTENCY, RULE, AnswerFormat
 from afrl_jax.calibration import Calibration, fit_calibration
 from afrl_jax.decision import Decision, fit_decision
-from afrl_jax.evaluation import Predictions, query_numbers
+from afrl_jax.evaluation import NO_RULE, Predictions, query_numbers
 from afrl_jax.rewards import segment_rewards
 from afrl_jax.schema import Judgment
 from afrl_jax.scoring import RelevanceModel
@@ -95,14 +95,15 @@ def predict_judgments(
     """What the model, with its calibration and decision, says of judged pairs; arguments as in `evaluate_model`."""
     found = _label_logprobs(model, judgments)
     uncalibrated = Calibration.identity(found.shape[1]).apply(found)
-    rules = [judgment.rules[0] if judgment.rules else -1 for judgment in judgments]
+    known = [judgment.deciding_rule for judgment in judgments]
+    rules = np.array([NO_RULE if rule is None else rule for rule in known])
     return Predictions(
         query_index=query_numbers(judgments),
         grade=np.array([judgment.grade for judgment in judgments]),
-        probabilities=model.calibration.apply(found),
+        probabilities=model.probabilities(found),
         decision=model.decision,
         uncalibrated=uncalibrated,
-        rule=np.array(rules) if min(rules) >= 0 else None,
+        rule=rules if (rules != NO_RULE).any() else None,
         explanation=_explanations(model, judgments, explained_pairs, max_new_tokens, title),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from afrl_jax.data import batches, clips_rulebooks
 from afrl_jax.distill import graded_by_teacher
 from afrl_jax.export import export_model
 from afrl_jax.inputs import open_inputs
+from afrl_jax.instructions import BUDGET, CONNECTION
+from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.probe import ModelJudge
 from afrl_jax.instructions.run import evolve_instruction
 from afrl_jax.instructions.synthesis import read_the_words
@@ -36,12 +39,14 @@ from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters, abstract, initialize
 from lm_jax.rows import Group
-from lm_jax.run_folder import RunFolder, refuse_other_config
+from lm_jax.run_folder import RunFolder, refuse_other_config, write_atomically
 from lm_jax.shape import cut_layers, evenly_spaced
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
 from lm_jax.weights import read_weights
 from sharding import distributed
+
+DIGESTS = "data.json"  # in the run folder: data set -> digest
 
 
 class Recipe:
@@ -52,15 +57,22 @@ class Recipe:
     """
 
     def __init__(self, settings: Settings, config: Mapping[str, Any], workdir: Path):
-        refuse_other_config(workdir, config)
+        if settings.evolve and jax.process_count() > 1:
+            raise ValueError(
+                f"evolve: an instruction evolves in one process, not in {jax.process_count()}; leave it out here and "
+                "run python -m afrl_jax.instructions on the model that is exported"
+            )
+        compared = _compared(config)
+        refuse_other_config(workdir, compared)
         self.settings, self.config = settings, config
         self.stages = dict(zip(settings.stage_names, settings.stages, strict=True))
         self.inputs = open_inputs(settings, workdir / "tokenizer")
         self.format, self.mesh, self.judgments = self.inputs.format, self.inputs.mesh, self.inputs.judgments
-        self.run = RunFolder(workdir, config)
+        self.digests = self.inputs.digests()
+        _refuse_other_data(workdir / DIGESTS, self.digests)
+        self.run = RunFolder(workdir, compared)
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
-        if settings.tokenizer == "train":
-            distributed.on_primary("tokenizer", self._keep_tokenizer)
+        distributed.on_primary("inputs", self._keep_inputs)
 
     def __call__(self) -> dict[str, float]:
         """Run what is not finished yet; returns the report's metrics."""
@@ -82,9 +94,10 @@ class Recipe:
         self._export(evaluated, metrics)
         return metrics
 
-    def _keep_tokenizer(self) -> None:
+    def _keep_inputs(self) -> None:
+        write_atomically(self.run.path / DIGESTS, json.dumps(self.digests, indent=2) + "\n")
         folder = self.run.path / "tokenizer"
-        if not folder.exists():
+        if self.settings.tokenizer == "train" and not folder.exists():
             self.format.tokenizer.save(partial := folder.with_name("tokenizer.partial"))
             partial.rename(folder)
 
@@ -238,8 +251,11 @@ class Recipe:
             for name, held_out in (("full rulebook", False), ("full rulebook, held-out wording", True)):
                 references[name] = clips_rulebooks.full_rulebook(held_out_wording=held_out)
         names = {"dev_new": evolve.dev_new, "dev_replay": evolve.dev_replay, "test": evolve.test}
+        held = self.judgments[self.settings.evaluation.calibration]
+        # A model that learned to read was trained on pairs with instructions of their own: nothing is fitted on these.
+        reads = any(judgment.query.instruction for judgment in held)
         rounds = evolve_instruction(
-            ModelJudge(model, self.judgments[self.settings.evaluation.calibration]),
+            ModelJudge(model, () if reads else held),
             base,
             {name: self.judgments[source] for name, source in names.items() if source},
             evolve,
@@ -248,6 +264,8 @@ class Recipe:
             second=read_the_words if references else None,
             rule_frequency=clips_rulebooks.natural_frequencies() if references else None,
         )[evolve.proposer]
+        if rounds[-1].unfinished:
+            raise BudgetExceeded(f"{rounds[-1].stopped}; run again with a larger budget to go on from here")
         facts = {"rounds": len(rounds) - 1, "dev_new_before": rounds[0].new, "dev_new": rounds[-1].new}
         return {"seconds": round(time.monotonic() - began, 1), **facts}
 
@@ -324,13 +342,30 @@ class Recipe:
                 title=self.settings.title or "AFRL relevance model",
             )
 
-        self.run.once("export", export)
+        self.run.once("export", export, leaves=self.run.path / "export")
         run_log.say(f"report: {self.run.path / 'report' / 'report.html'}\nexport: {self.run.path / 'export'}")
 
 
 def run(settings: Settings, config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     """Run a config in a folder, from wherever it stands; returns the report's metrics."""
     return Recipe(settings, config, workdir)()
+
+
+def _refuse_other_data(file: Path, digests: Mapping[str, str]) -> None:
+    """What a run made of its data row by row, as a teacher's labels, fits those data alone."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if changed := ", ".join(f"data.{name}" for name, digest in before.items() if digests.get(name) != digest):
+        raise ValueError(f"{file.parent} holds a run on other data, {changed}; use another --workdir, or the same data")
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config must be the same when its run is taken up again: a language model's server and budget need
+    not."""
+    evolve = config.get("evolve") or {}
+    if not evolve.get("chat"):
+        return dict(config)
+    kept = {key: value for key, value in evolve["chat"].items() if key not in (*CONNECTION, *BUDGET)}
+    return {**config, "evolve": {**evolve, "chat": kept}}
 
 
 def _save(file: Path, array: np.ndarray) -> None:

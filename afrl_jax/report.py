@@ -138,7 +138,8 @@ def _plots(
     yield series(
         "entropy",
         "Entropy of the policy",
-        "Of all answer tokens, and of the label token alone: where the second reaches 0, sampling explores no label.",
+        "Of all answer tokens, and of the label token alone (in RL of the rollouts, elsewhere of the judged pairs): "
+        "where the second reaches 0, sampling explores no label.",
         "entropy, nats",
         {"entropy", "first_token/entropy"}.__contains__,
     )

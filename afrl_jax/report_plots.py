@@ -26,10 +26,11 @@ CALIBRATION_COLORS = {"before": "#A0A0A0", "after": "#3F1F7D"}
 
 
 def dead_group_rows(records: Sequence[Mapping[str, Any]], rule_frequency: Mapping[int, float]) -> Rows:
-    """One row a step and rule: the share of the rule's groups of which no rollout had the right grade."""
+    """One row a stage, step and rule: the share of the rule's groups of which no rollout had the right grade."""
     prefix = "dead_groups/"
     return [
         {
+            "stage": record["stage"],
             "step": record["step"],
             "rule": (rule := int(name.removeprefix(prefix))),
             "frequency": rule_frequency.get(rule, 0.0),
@@ -42,21 +43,25 @@ def dead_group_rows(records: Sequence[Mapping[str, Any]], rule_frequency: Mappin
 
 
 def draw_dead_groups(rows: Rows) -> Picture:
-    """Left: each rule's mean share, the most frequent rule first. Right: the buckets over training."""
-    picture = blank(WIDTH, 3.8)
-    by_rule, by_step = picture.subplots(1, 2, sharey=True)
+    """Left: each rule's mean share, the most frequent rule first. Then a panel a stage: the buckets over its steps."""
+    picture, stages = blank(WIDTH, 3.8), distinct(rows, "stage")
+    by_rule, *panels = picture.subplots(1, 1 + len(stages), sharey=True)
     rules = distinct(sorted(rows, key=lambda row: -row["frequency"]), "rule")
     for bucket, color in BUCKET_COLORS.items():
         members = [row for row in rows if frequency_bucket(row["frequency"]) == bucket]
         if members:
-            of_rule, of_step = _means(members, "rule", "dead_share"), _means(members, "step", "dead_share")
+            of_rule = _means(members, "rule", "dead_share")
             by_rule.bar([rules.index(rule) for rule in of_rule], of_rule.values(), color=color)
-            smoothed(by_step, list(of_step), list(of_step.values()), BUCKET_MEANING[bucket], color)
+        for panel, stage in zip(panels, stages, strict=True):
+            of_step = _means([row for row in members if row["stage"] == stage], "step", "dead_share")
+            if of_step:
+                smoothed(panel, list(of_step), list(of_step.values()), BUCKET_MEANING[bucket], color)
     by_rule.set(title="Mean over training", xlabel="rule number, most frequent first", ylabel="groups, none right")
     by_rule.set_xticks(range(len(rules)), rules, fontsize=8)
     by_rule.grid(axis="x", visible=False)
-    by_step.set(title="Over training", xlabel="step", ylim=(0, 1.02))
-    by_step.yaxis.set_major_formatter(PercentFormatter(1))
+    for panel, stage in zip(panels, stages, strict=True):
+        panel.set(title=stage, xlabel="step", ylim=(0, 1.02))
+    by_rule.yaxis.set_major_formatter(PercentFormatter(1))
     shared_legend(picture)
     return picture
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from afrl_jax.answer_format import LABEL, SEGMENTS, AnswerFormat
 from afrl_jax.curriculum import choose_prompts
 from afrl_jax.data.batches import SFT_VALUES, answer_branch, judgment_groups, row_batches
+from afrl_jax.evaluation import NO_RULE
 from afrl_jax.label_scorer import LabelScorer
 from afrl_jax.rewards import answer_rewards, label_reward
 from afrl_jax.schema import Judgment
@@ -30,8 +31,6 @@ from lm_jax.sample import Samples, sample
 from lm_jax.token_loss import outputs
 from lm_jax.train_state import TrainState
 from sharding import distributed
-
-NO_RULE = -1  # of a judgment without rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ class RolloutSource:
             eos=self.format.tokenizer.eos,
             dtype=self.dtype,
         )
-        return distributed.fetch(drawn)
+        return distributed.fetch_rows(drawn, self.mesh)
 
     def own_right_answers(self, parameters: Parameters, rows: int = 16) -> list[Judgment]:
         """Judgments that the model, sampled once, answers fully right - with its own explanation (rehearsal)."""
@@ -223,7 +222,8 @@ class RolloutSource:
                 branches.append(answer_branch(format, judgment, prompt[-1:], judgment.weight))
             group = Group(prompt[:-1], branches)
             rendered.append(render_row([group], [(0, tuple(range(len(branches))))], self.shape))
-            dead.append((judgment.rules[0] if judgment.rules else NO_RULE, not right.any()))
+            rule = judgment.deciding_rule
+            dead.append((NO_RULE if rule is None else rule, not right.any()))
         if count > 1:
             rewards, dead = distributed.concatenate(np.array(rewards)), distributed.concatenate(np.array(dead))
         by_rule = defaultdict(list)
@@ -252,15 +252,14 @@ class RolloutSource:
         }
         for number, name in enumerate(SEGMENTS):
             if not np.isnan(values := rewards_PGS[..., number]).all():
-                metrics[f"rewards/{name}"] = np.nanmean(values)
+                metrics[f"rewards/{name}/mean"] = np.nanmean(values)
         return {name: float(value) for name, value in metrics.items()}
 
     def _reference(self, batch: Batch) -> np.ndarray:
         """Of this process's rows."""
-        if self._share[1] == 1:
-            return np.asarray(self._score(self.reference, batch))
         index, rows = self._share[0], len(batch["tokens"])
-        whole = distributed.fetch(self._score(self.reference, distributed.place_batch(batch, self.mesh)))
+        scored = self._score(self.reference, distributed.place_batch(batch, self.mesh))
+        whole = distributed.fetch_rows(scored, self.mesh)
         return whole[index * rows : (index + 1) * rows]
 
     def _reference_logprobs(self, parameters: Parameters, batch: Mapping[str, Any]) -> jax.Array:

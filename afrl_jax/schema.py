@@ -79,6 +79,11 @@ class Judgment:
     weight: float = 1.0
     evidence: Mapping[str, Match | None] = dataclasses.field(default_factory=dict, compare=False)
 
+    @property
+    def deciding_rule(self) -> int | None:
+        """The first of `rules`, or the one that the explanation names; None where no rule is known."""
+        return self.rules[0] if self.rules else self.explanation.rule if self.explanation else None
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DomainText:

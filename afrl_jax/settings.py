@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from afrl_jax.answer_format import SEGMENTS
 from afrl_jax.curriculum import CONTROLS, shuffled_mixture
+from afrl_jax.data.sources import TEXTS
 from afrl_jax.instructions.run import PROPOSERS, EvolutionSettings
 from afrl_jax.rollouts import RolloutSettings
 from afrl_jax.schema import Instruction, Rule, Scale
@@ -198,22 +199,21 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             stage = dataclasses.replace(stage, rollouts=dataclasses.replace(stage.rollouts, expert_rows=0))
         stages[name] = stage
     one_of("curriculum", control := config.get("curriculum", "ordered"), CONTROLS)
-    used = controlled(tuple(stages[name] for name in names), control)
-    given = {"stages": used, "stage_names": names, "instruction": instruction, "evolve": evolve}
+    written = tuple(stages[name] for name in names)
+    given = {"stages": written, "stage_names": names, "instruction": instruction, "evolve": evolve}
     settings = read_fields(Settings, config, "", **given)
-    if evolve is not None:
-        _check_evolve(evolve, settings)
-    _check_models(settings)
-    for name, stage in zip(names, settings.stages, strict=True):
-        _check_stage(name, stage, settings)
+    _check(settings)
+    if control != "ordered":  # made of stages that are right, which need not be right together
+        settings = dataclasses.replace(settings, stages=controlled(written, control))
+        _check(settings)
     return settings
 
 
 def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
     """The stages of a control, each with its own steps, rows and so tokens.
 
-    "shuffled" gives every supervised stage of the teacher the mixture of all of them; "last" gives it the mixture of
-    the last one, and every RL stage the prompts, experts and rollouts of the last one: the natural mix from the start.
+    "shuffled" gives every supervised stage of the teacher the mixture of all of them. "last" gives every stage the last
+    one's data from the start: where that is RL, supervised stages have its prompts, judged, and RL stages are as it is.
     """
     supervised = [s for s in stages if s.model == "teacher" and isinstance(s, TextStage | SFTStage)]
     reinforced = [s for s in stages if isinstance(s, RLStage)]
@@ -221,7 +221,10 @@ def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
         return stages
     mixtures = [s.mixture if isinstance(s, SFTStage) else {s.texts: 1.0} for s in supervised]
     tokens = [s.steps * s.rows * s.row_tokens for s in supervised]
-    mixture = shuffled_mixture(mixtures, tokens) if control == "shuffled" else [{}, *mixtures][-1]
+    if control == "shuffled":
+        mixture = shuffled_mixture(mixtures, tokens)
+    else:
+        mixture = {reinforced[-1].prompts_from: 1.0} if reinforced else mixtures[-1]
 
     def changed(stage: Stage) -> Stage:
         if any(stage is one for one in supervised):
@@ -231,11 +234,20 @@ def controlled(stages: tuple[Stage, ...], control: str) -> tuple[Stage, ...]:
             loss = {key: getattr(supervised[-1], key) for key in weights if hasattr(supervised[-1], key)}
             return SFTStage(**{**fields, "kind": "sft"}, mixture=mixture, **loss)
         if control == "last" and isinstance(stage, RLStage):
-            kept = ("prompts_from", "experts_from", "rollouts", "arm")
-            return dataclasses.replace(stage, **{key: getattr(reinforced[-1], key) for key in kept})
+            own = {field.name: getattr(stage, field.name) for field in dataclasses.fields(Stage)}
+            return dataclasses.replace(reinforced[-1], **own)
         return stage
 
     return tuple(map(changed, stages))
+
+
+def _check(settings: Settings) -> None:
+    at_least(0, "", settings, "seed")
+    if settings.evolve is not None:
+        _check_evolve(settings.evolve, settings)
+    _check_models(settings)
+    for name, stage in zip(settings.stage_names, settings.stages, strict=True):
+        _check_stage(name, stage, settings)
 
 
 def _check_models(settings: Settings) -> None:
@@ -255,6 +267,8 @@ def _check_models(settings: Settings) -> None:
         given = [key for key, value in fields.items() if value]
         if len(given) != 1 and (model in trained or given):
             raise ValueError(f"{model} needs one of {', '.join(fields)}; it has {', '.join(given) or 'none'}")
+        if settings.tokenizer == "train" and fields["source"]:
+            raise ValueError(f'tokenizer "train" makes tokens that the weights of {model}.source do not know')
     if settings.teacher.cut:
         raise ValueError("teacher.cut: only the student is cut, from the teacher")
     if not settings.tokenizer and not settings.teacher.source:
@@ -298,6 +312,8 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
         used = {f"mixture.{source}": source for source in stage.mixture}
         if not used or min(stage.mixture.values()) <= 0:
             raise ValueError(f"{name}.mixture maps names in `data` to shares above 0; it is {dict(stage.mixture)}")
+        weights = {"label_weight", "explanation_weight", "ordinal_weight"}
+        at_least(0, f"{name}.", stage, *sorted(key for key in weights if hasattr(stage, key)))
     elif isinstance(stage, RLStage):
         used = {"prompts_from": stage.prompts_from}
         if stage.experts_from:
@@ -311,7 +327,7 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
         if isinstance(stage, DistillStage):
             one_of(f"{name}.{key}", source, settings.data)
         else:
-            _judged(f"{name}.{key}", source, settings)
+            _judged(f"{name}.{key}", source, settings, or_texts=not isinstance(stage, RLStage))
     if isinstance(stage, DistillStage):
         for key in ("kl_share", "beta"):
             if not 0 <= getattr(stage, key) <= 1:
@@ -320,9 +336,11 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
             raise ValueError(f"{name}.temperature: {stage.temperature} must be above 0")
 
 
-def _judged(key: str, source: str, settings: Settings) -> None:
+def _judged(key: str, source: str, settings: Settings, *, or_texts: bool = False) -> None:
     """`key` names a data set whose pairs all have a grade."""
     one_of(key, source, settings.data)
+    if settings.data[source].get("format") == TEXTS and not or_texts:
+        raise ValueError(f"{key}: data.{source} has texts, where judged pairs are read")
     if settings.data[source].get("unjudged"):
         raise ValueError(
             f"{key}: data.{source} has unjudged pairs, whose grade only a teacher can tell: "
@@ -335,8 +353,9 @@ def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
     one_of("evolve.proposer", evolve.proposer, PROPOSERS)
     for key in ("dev_new", "dev_replay", *(("test",) if evolve.test else ())):
         _judged(f"evolve.{key}", getattr(evolve, key), settings)
-    at_least(1, "evolve.", evolve, "rounds", "clusters", "edits", "least_cluster", "most_words", "resamples")
-    at_least(0, "evolve.", evolve, "synthesize")
+    used = [evolve.dev_new, evolve.dev_replay, *((evolve.test,) if evolve.test else ())]
+    if len(set(used)) < len(used):
+        raise ValueError(f"evolve: dev_new, dev_replay and test are three data sets; given: {', '.join(used)}")
     if evolve.synthesize and settings.instruction is not None:
         raise ValueError("evolve.synthesize makes examples from the catalogue of clips; this config has other data")
 
@@ -347,11 +366,15 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
     one_of(f"{name}.rollouts.label", rollouts.label, ("sampled", "exact"))
     at_least(1, f"{name}.", stage, "updates")
     at_least(0, f"{name}.", stage, "kl", "sft_weight", "sft_weight_end", "clip_low", "clip_high")
+    if stage.clip_low > 1:
+        raise ValueError(f"{name}.clip_low: {stage.clip_low} must be between 0 and 1: ratios end at 1 - clip_low")
     at_least(1, f"{name}.rollouts.", rollouts, "prompts", "pool", "max_new_tokens")
     at_least(2, f"{name}.rollouts.", rollouts, "group")
     at_least(0, f"{name}.rollouts.", rollouts, "expert_rows")
-    if len(rollouts.weights) != len(SEGMENTS):
-        raise ValueError(f"{name}.rollouts.weights: {rollouts.weights} must be one of each for {', '.join(SEGMENTS)}")
+    if len(rollouts.weights) != len(SEGMENTS) or min(rollouts.weights) < 0:
+        raise ValueError(
+            f"{name}.rollouts.weights: {rollouts.weights} must be one of at least 0 for each of {', '.join(SEGMENTS)}"
+        )
     if stage.save_every % stage.updates:
         raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
     if stage.arm == "rehearsal" and not stage.experts_from:

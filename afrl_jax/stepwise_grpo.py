@@ -138,19 +138,22 @@ def make_objective(
 
         count_BM = on_BM.astype(jnp.float32)
         metrics = {
-            "clip_ratio/low": jnp.sum(count_BM * ((ratio_BM < 1 - clip_low) & (advantage_BM < 0))),
-            "clip_ratio/high": jnp.sum(count_BM * ((ratio_BM > 1 + clip_high) & (advantage_BM > 0))),
+            "clip_ratio/low_mean": jnp.sum(count_BM * ((ratio_BM < 1 - clip_low) & (advantage_BM < 0))),
+            "clip_ratio/high_mean": jnp.sum(count_BM * ((ratio_BM > 1 + clip_high) & (advantage_BM > 0))),
             "entropy": jnp.sum(count_BM * outputs.entropy_BM),
             "sampler_logprob_gap": jnp.sum(count_BM * jnp.abs(log_ratio_BM)),
         }
-        return terms, metrics | label_metrics(outputs, batch)[0]
+        # Accuracy is that of the experts; the entropy that matters is that of what was drawn.
+        entropy = {"first_token/entropy": jnp.sum(count_BM * (batch["segment"] == LABEL) * outputs.entropy_BM)}
+        return terms, metrics | label_metrics(outputs, batch)[0] | entropy
 
     def denominators(batch: Mapping[str, jax.Array]) -> Sums:
         supervised = sft_denominators(batch)
         answers = jnp.sum(batch["policy_unit"])
-        tokens = jnp.sum(batch["policy_unit"] > 0).astype(jnp.float32)
+        on_BM = batch["policy_unit"] > 0
+        tokens = jnp.sum(on_BM).astype(jnp.float32)
         judged = jnp.sum(batch["label_unit"] > 0).astype(jnp.float32)
-        names = ("clip_ratio/low", "clip_ratio/high", "entropy", "sampler_logprob_gap")
+        names = ("clip_ratio/low_mean", "clip_ratio/high_mean", "entropy", "sampler_logprob_gap")
         return {
             "policy": answers,
             "exact": jnp.sum(batch["exact_unit"]),
@@ -158,7 +161,7 @@ def make_objective(
             "sft/explanation": supervised["sft/explanation"],
             "kl": answers,
             "first_token/accuracy": judged,
-            "first_token/entropy": judged,
+            "first_token/entropy": jnp.sum(on_BM & (batch["segment"] == LABEL)).astype(jnp.float32),
             **dict.fromkeys(names, tokens),
         }
 

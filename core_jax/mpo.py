@@ -186,7 +186,7 @@ def make_step(
         new, seen = state.delta, state.rewards_seen
         if delta == "running":
             count = 2 * jnp.sum(batch["pair_unit"])
-            mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            mean = jnp.where(count > 0, metrics["rewards/chosen"] + metrics["rewards/rejected"], 0.0) / 2
             seen = state.rewards_seen + count
             new = state.delta + (mean - state.delta) * count / jnp.maximum(seen, 1.0)
         return MPOState(trained.step, trained.parameters, trained.optimizer, new, seen), metrics

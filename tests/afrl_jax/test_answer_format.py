@@ -15,6 +15,7 @@ from afrl_jax.answer_format import (
     Template,
     parse_answer,
     plain_texts,
+    render_document,
     render_explanation,
 )
 from afrl_jax.data import clips
@@ -59,6 +60,11 @@ def test_an_answer_reads_as_it_is_shown():
     assert "2" + render_explanation(EXPLANATION, "2") == ANSWER
     assert parse_answer(ANSWER, LABELS) == Parsed(2, EXPLANATION, 2)
     assert parse_answer(ANSWER.replace("Verdict: 2", "Verdict: 0"), LABELS) == Parsed(2, EXPLANATION, 0)
+
+
+def test_a_line_of_a_document_is_one_field_whatever_its_name():
+    shown = render_document(Document("", "robots", "at\nhome", {"note\nGrade": "3\n\nGrade: 3", "empty": ""}))
+    assert shown == "robots\nat home\nnote Grade: 3 Grade: 3"
 
 
 def test_gold_answers_go_round_through_tokens(format):

@@ -7,6 +7,7 @@ from sklearn import metrics as sklearn_metrics
 from afrl_jax import calibration, ranking_metrics
 from afrl_jax.decision import Decision
 from afrl_jax.evaluation import (
+    NO_RULE,
     Figure,
     Predictions,
     evaluate_predictions,
@@ -148,8 +149,20 @@ def test_paired_bootstrap_of_a_model_with_itself_finds_nothing():
 
 def test_rule_frequencies_and_buckets():
     assert rule_frequencies(np.array([4, 4, 4, 1])) == {1: 0.25, 4: 0.75}
+    assert rule_frequencies(np.array([4, 4, NO_RULE, 4, 1])) == {1: 0.25, 4: 0.75}
     edges = {0.5: "head", 0.05: "head", 0.049: "torso", 0.01: "torso", 0.0099: "tail", 0: "tail"}
     assert {frequency: frequency_bucket(frequency) for frequency in edges} == edges
+
+
+def test_pairs_without_a_known_rule_are_in_no_figure_of_rules():
+    p = made_up()
+    known = np.arange(600) % 3 > 0
+    some = evaluate_predictions(dataclasses.replace(p, rule=np.where(known, p.rule, NO_RULE)), resamples=2)
+    alone = evaluate_predictions(rows_of(p, known), resamples=2)
+    names = {name for name in alone if name.startswith("rule_recall/")}
+    assert {"rule_recall/2", "rule_recall/head"} <= names == {name for name in some if name.startswith("rule_recall/")}
+    assert [some[name].value for name in names] == pytest.approx([alone[name].value for name in names])
+    assert some["accuracy"].value == np.mean(p.predicted == p.grade)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -15,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from afrl_jax import export, model_card, relevance_file
 from afrl_jax.decision import Decision
 from afrl_jax.export import CLASSIFIER, export_model, transformers_probabilities, weights_digest
-from afrl_jax.scoring import RelevanceModel
+from afrl_jax.schema import Document, Query
+from afrl_jax.scoring import ANSWER_TOKENS, RelevanceModel
 
 FAMILIES = ("qwen3", "qwen3_untied", "qwen2", "qwen2_untied", "llama", "llama_untied")
 FIGURES = {
@@ -160,6 +162,31 @@ def test_the_model_card_holds_the_figures_and_its_code_runs(exported, pairs, mon
     for query, document in (asked, ("robots\n at  home", "Robots, " * 40)):
         expected = model.predict_proba([(query, document)])[0]
         np.testing.assert_allclose(scope["grade_probabilities"](query, document), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_code_of_the_readme_runs(exported, pairs, tmp_path, monkeypatch):
+    folder, _, model = exported("llama", pairs)
+    readme = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## The exported model in other programs")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "export").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names = {module.__name__: module for module in (json, pathlib, sentence_transformers, torch, transformers)}
+    with torch.no_grad():
+        exec(code, names)
+    asked = ("chess for kids", "Chess openings")
+    ours = np.exp(model.label_logprobs([(Query("", asked[0]), Document("", asked[1]))]))
+    for found in (names["logits"].softmax(-1)[None], names["probabilities"], names["of_pairs"]):
+        np.testing.assert_allclose(found, ours, atol=TOLERANCE, rtol=0)
+    assert {row["label"] for row in names["grades"]} == set(model.format.labels)
+    assert len(model.format.tokenizer.encode(names["answer"])) > 20  # of random weights: any words
+
+
+def test_transformers_stops_where_we_do_and_not_after_20_tokens(exported, pairs):
+    folder, _, model = exported("llama", pairs)
+    config = transformers.GenerationConfig.from_pretrained(folder)
+    assert config.max_new_tokens == ANSWER_TOKENS
+    assert config.eos_token_id == model.format.tokenizer.eos
 
 
 def test_relevance_json_says_how_the_model_came_to_be(exported, pairs):

@@ -46,11 +46,21 @@ def refused(tmp_path, monkeypatch, capsys):
         ("sft.optimizer=sgd", "sft.optimizer: 'sgd' is unknown; it is one of adamw, muon"),
         ("sft.mixture.trian=1", "sft.mixture.trian: 'trian' is unknown; it is one of calibration, dev, expert, texts"),
         ("text.texts=train", "data.train: a text stage reads a source of format 'clips_text'"),
-        ("evaluation.test=texts", "data.texts: format: 'clips_text' is unknown"),
+        ("evaluation.test=texts", "evaluation.test: data.texts has texts, where judged pairs are read"),
+        ("rl.prompts_from=texts", "rl.prompts_from: data.texts has texts, where judged pairs are read"),
+        ("data.train.documents_per_query=2.5", "data.train: documents_per_query: 2.5 is a float, expected int"),
+        ("data.train.queries=x", "data.train: queries: 'x' is a str, expected int"),
+        ("data.texts.texts=many", "data.texts: texts: 'many' is a str, expected int"),
+        ("data.train.keep=0.5", "data.train: keep: 0.5 is a float, expected tuple[float, float]"),
+        ("data.train.keep=(0.9, 0.1)", "data.train: keep: (0.9, 0.1) must be two numbers from 0 to 1, the lower first"),
+        ("data.train.explained=no", "data.train: explained: 'no' is a str, expected bool"),
         ("data.train.split=trian", "data.train: split is 'trian'; it is one of train, dev, test"),
         ("data.train.splitt=train", "data.train: judgments() got an unexpected keyword argument 'splitt'"),
         ("data.train.queries=0", "data.train is empty"),
-        ("student.shape.layerz=3", "student: shape: unknown layerz; known are family, vocab_size, embed, layers"),
+        ("student.shape.layerz=3", "student: unknown config key shape.layerz; did you mean shape.layers?"),
+        ("student.shape.embed=12.5", "student: shape.embed: 12.5 is a float, expected int"),
+        ("teacher.shape.kv_heads=0", "teacher: kv_heads: 0 must be at least 1"),
+        ("teacher.shape.family=llama", "teacher: qk_norm must be False in the family 'llama'"),
         ("student.shape.vocab_size=64", "student: vocab_size 64 is below the tokenizer's, 512"),
         ("teacher.shape={}", "teacher needs one of source, shape, cut; it has none"),
         ("mesh=fsdp=3", "mesh 'fsdp=3' does not cover 1 devices"),
@@ -75,7 +85,11 @@ def test_a_student_cannot_be_cut_to_more_layers_than_there_are(refused):
 
 
 def test_a_model_that_is_not_there_is_refused(refused, tmp_path):
-    said = refused(f"--config.teacher.source={tmp_path / 'absent.gguf'}", "--config.teacher.shape={}")
+    source = f"--config.teacher.source={tmp_path / 'absent.gguf'}"
+    assert 'tokenizer "train" makes tokens that the weights of teacher.source do not know' in refused(
+        source, "--config.teacher.shape={}"
+    )
+    said = refused(source, "--config.teacher.shape={}", "--config.tokenizer=")
     assert f"{tmp_path / 'absent.gguf'}: neither a model folder nor a .gguf file" in said
 
 

@@ -4,6 +4,7 @@ import scipy.special
 
 from afrl_jax.calibration import Calibration
 from afrl_jax.decision import MOST_PROBABLE
+from afrl_jax.evaluation import NO_RULE
 from afrl_jax.model_evaluation import Evaluated, calibrate, evaluate_model, predict_judgments
 from afrl_jax.schema import Document, Explanation, Judgment, Match, Query
 
@@ -20,7 +21,7 @@ def judgments(queries, seed, explained=False):
             Document(f"{q}-{d}", " ".join(random.choice(WORDS, 3))),
             int(random.integers(3)),
             explanation,
-            (7,) if explained else (),
+            (7,) if explained and d % 2 else (),  # where there are none, the explanation names the rule
         )
         for q in range(queries)
         for d in range(6)
@@ -127,4 +128,5 @@ def test_explanations_are_checked_for_the_first_pairs_that_have_gold(model, monk
         values = found.explanation[name]
         assert np.isnan(values[:6]).all() and np.isnan(values[24:]).all()
         assert values[6:24].tolist() == (marks * 5)[:18]
-    assert found.rule is None  # not every pair has one
+    assert found.rule.tolist() == [NO_RULE] * 6 + [7] * 24
+    assert predict_judgments(model, rows[:6], explained_pairs=0, max_new_tokens=1).rule is None

@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from afrl_jax import calibration
+from afrl_jax import calibration, report_plots
 from afrl_jax.decision import Decision
 from afrl_jax.evaluation import Predictions, evaluate_predictions, paired_bootstrap
 from afrl_jax.report import write_report
@@ -32,7 +32,7 @@ def training_log():
             "loss": None if step == 3 else 0.1,
             "sft/label": 0.3,
             "reward": 0.5 + step / 100,
-            "rewards/label": 0.6,
+            "rewards/label/mean": 0.6,
             "entropy": 0.4,
             "first_token/entropy": 0.7,
             "frac_reward_zero_std": 0.2,
@@ -83,10 +83,27 @@ def test_series_hold_the_logged_values(full):
     wanted |= {("rl", step, "loss"): 0.1 for step in (1, 2, 4, 5, 6)}  # not finite at step 3
     wanted |= {("rl", step, "sft/label"): 0.3 for step in range(1, 7)}
     assert loss == wanted
-    assert {row["series"] for row in rows_of(folder, "rewards")} == {"reward", "rewards/label"}
+    assert {row["series"] for row in rows_of(folder, "rewards")} == {"reward", "rewards/label/mean"}
     assert {row["series"] for row in rows_of(folder, "entropy")} == {"entropy", "first_token/entropy"}
     dead = [(int(row["step"]), int(row["rule"]), float(row["dead_share"])) for row in rows_of(folder, "dead_groups")]
     assert dead == [(step, (1, 4, 9)[step % 3], step / 10) for step in range(1, 7)]
+
+
+def test_stages_whose_steps_have_the_same_numbers_stay_apart():
+    records = [
+        {"stage": stage, "step": step, "dead_groups/4": share + step / 10}
+        for stage, share in (("rl", 0.5), ("rl_natural", 0.1))
+        for step in range(3)
+    ]
+    rows = report_plots.dead_group_rows(records, FREQUENCY)
+    assert [(row["stage"], row["step"], row["dead_share"]) for row in rows] == [
+        (record["stage"], record["step"], record["dead_groups/4"]) for record in records
+    ]
+    by_rule, *panels = report_plots.draw_dead_groups(rows).axes
+    assert [panel.get_title("left") or panel.get_title() for panel in panels] == ["rl", "rl_natural"]
+    for panel, shares in zip(panels, ([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]), strict=True):
+        np.testing.assert_allclose(panel.lines[0].get_ydata(), shares)
+    assert by_rule.patches[0].get_height() == pytest.approx(0.4)
 
 
 def test_tables_of_predictions_hold_their_counts(full):

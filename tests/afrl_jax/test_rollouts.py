@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from afrl_jax import rollouts
 from afrl_jax.answer_format import CONSISTENCY, LABEL, AnswerFormat, plain_texts
+from afrl_jax.curriculum import Chosen
 from afrl_jax.data import clips
 from afrl_jax.rewards import answer_rewards
 from afrl_jax.rollouts import RolloutSettings, RolloutSource, repeat_updates
@@ -92,7 +94,7 @@ def test_sampler_and_train_step_agree_on_every_log_prob(format):
     metrics = metrics_of(format, drawn, batch, kl=True)
     # float32 through another order of sums; 1e-6 observed
     assert metrics["sampler_logprob_gap"] < 1e-4
-    assert metrics["clip_ratio/low"] == metrics["clip_ratio/high"] == 0.0
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.0
     assert 0 < metrics["entropy"] < np.log(format.tokenizer.vocab_size)
     answers = batch["policy_unit"] > 0
     assert answers.sum() >= SETTINGS.prompts * SETTINGS.group
@@ -109,9 +111,13 @@ def test_rows_are_rollouts_then_experts(format):
     np.testing.assert_array_equal(experts, 0.0)
     assert not batch["label_weight"][: SETTINGS.prompts].any()
     assert batch["label_weight"][SETTINGS.prompts :].any(axis=1).all()
-    none, _ = source(format, experts=[]).batch(state_of(format), 0)
+    drawn = source(format, experts=[])
+    none, _ = drawn.batch(state_of(format), 0)
     assert len(none["tokens"]) == len(batch["tokens"])  # rehearsal may find no expert
     assert not none["groups"][SETTINGS.prompts :].any()
+    metrics = metrics_of(format, drawn, none)
+    assert np.isnan(metrics["first_token/accuracy"]) and np.isnan(metrics["sft/label"])  # of nothing: not 0
+    assert 0 < metrics["first_token/entropy"] < np.log(format.tokenizer.vocab_size) and np.isfinite(metrics["loss"])
 
 
 def answers_of(format, drawn: RolloutSource, texts_PG) -> Samples:
@@ -151,9 +157,9 @@ def test_advantages_reach_their_tokens(format, monkeypatch, stepwise):
     on = batch["policy_unit"][0] > 0
     segment, advantage = batch["segment"][0][on], batch["advantage"][0][on]
     half = samples.lengths[0, 0]
-    assert metrics["rewards/label"] == 0.5
-    assert metrics["rewards/match"] == metrics["rewards/rule"] == 1.0
-    assert metrics["rewards/consistency"] == 0.5
+    assert metrics["rewards/label/mean"] == 0.5
+    assert metrics["rewards/match/mean"] == metrics["rewards/rule/mean"] == 1.0
+    assert metrics["rewards/consistency/mean"] == 0.5
     assert metrics["reward"] == pytest.approx((2.0 + 0.75) / 2)
     assert metrics["frac_reward_zero_std"] == 0.0
     unit = 0.5 / (np.sqrt(0.5) + 1e-4)
@@ -184,7 +190,9 @@ def test_gated_adds_the_expert_only_where_no_label_is_right(format, monkeypatch)
 
 
 def test_dead_groups_are_counted_by_deciding_rule(format, monkeypatch):
-    judgments = [dataclasses.replace(JUDGMENTS[0], rules=(rule,)) for rule in (1, 1, 5)]
+    named = dataclasses.replace(JUDGMENTS[0].explanation, rule=5)  # where there are no rules, by the explanation
+    judgments = [dataclasses.replace(JUDGMENTS[0], rules=(1,))] * 2
+    judgments.append(dataclasses.replace(JUDGMENTS[0], rules=(), explanation=named))
     drawn = source(format, judgments, [], prompts=3, group=2, expert_rows=0)
     right, off = str(judgments[0].grade), wrong(judgments[0])
     rows = [int(drawn._order[i]) for i in range(3)]
@@ -252,10 +260,44 @@ def test_label_only_judgments_sample_one_token(format):
     assert on.sum() == SETTINGS.prompts * SETTINGS.group
     np.testing.assert_array_equal(batch["segment"][on], LABEL)
     assert not batch["explanation_weight"].any()
-    assert "rewards/label" in metrics and "rewards/match" not in metrics
+    assert "rewards/label/mean" in metrics and "rewards/match/mean" not in metrics
     assert not [name for name in metrics if name.startswith("dead_groups")]
     assert metrics["completions/clipped_ratio"] == 0.0
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_of_a_pool_the_chosen_prompts_are_rolled_out_and_each_is_marked_by_its_own_gold(format, monkeypatch):
+    drawn = source(format, JUDGMENTS, [], prompts=2, group=2, pool=3, expert_rows=0, max_new_tokens=100)
+    pool = [int(drawn._order[6 + place]) for place in range(6)]  # of step 1
+    first = 1
+    second = next(place for place in range(2, 6) if JUDGMENTS[pool[place]].grade != JUDGMENTS[pool[first]].grade)
+    looked_at, asked = {}, []
+
+    def choose(accuracy, count, group, rng):
+        looked_at.update(accuracy=accuracy, count=count, group=group)
+        return Chosen(np.array([first, second]), {"natural/accuracy": 0.25})
+
+    def draw(parameters, rows, step):
+        asked.append(list(rows))
+        golds = [(JUDGMENTS[row], gold_text(format, JUDGMENTS[row])) for row in rows]
+        return answers_of(format, drawn, [[gold, wrong(judgment) + gold[1:]] for judgment, gold in golds])
+
+    monkeypatch.setattr(rollouts, "choose_prompts", choose)
+    monkeypatch.setattr(drawn, "sample", draw)
+    batch, metrics = drawn.batch(state_of(format), 1)
+    assert (looked_at["count"], looked_at["group"]) == (2, 2)
+    for place in (0, first, second):
+        judgment = JUDGMENTS[pool[place]]
+        assert looked_at["accuracy"][place] == pytest.approx(
+            expected_probabilities(format, judgment)[judgment.grade], rel=1e-4
+        )
+    assert asked == [[pool[first], pool[second]]]
+    for row, place in enumerate((first, second)):
+        trunk = drawn._prompts[pool[place]][:-1]
+        np.testing.assert_array_equal(batch["tokens"][row, : len(trunk)], trunk)
+    assert metrics["natural/accuracy"] == 0.25
+    assert metrics["rewards/label/mean"] == metrics["rewards/consistency/mean"] == 0.5
+    assert metrics["rewards/match/mean"] == 1.0
 
 
 def test_rehearsal_keeps_the_answers_that_are_fully_right(format, monkeypatch):

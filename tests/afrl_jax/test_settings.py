@@ -193,13 +193,23 @@ BAD = [
     ("sft.model", "student", "sft: student.cut cuts the trained teacher, so all stages of the teacher come first"),
     ("rl.rollouts.expert_rows", -1, "rl.rollouts.expert_rows: -1 must be at least 0"),
     ("rl.rollouts.label", "soft", "rl.rollouts.label: 'soft' is unknown; it is one of sampled, exact"),
-    ("rl.rollouts.weights", [1.0], "weights: (1.0,) must be one of each for label, match, rule, consistency"),
+    ("rl.rollouts.weights", [1.0], "weights: (1.0,) must be one of at least 0 for each of label, match, rule"),
     ("distill.beta", 2.0, "distill.beta: 2.0 must be between 0 and 1"),
     ("distill.kl_share", -0.5, "distill.kl_share: -0.5 must be between 0 and 1"),
     ("distill.temperature", 0.0, "distill.temperature: 0.0 must be above 0"),
     ("data.hard.unjudged", True, "sft.mixture.hard: data.hard has unjudged pairs, whose grade only a teacher can tell"),
     ("data.dev.unjudged", True, "evaluation.test: data.dev has unjudged pairs"),
     ("data.train.unjudged", True, "sft.mixture.train: data.train has unjudged pairs"),
+    ("seed", -1, "seed: -1 must be at least 0"),
+    ("sft.label_weight", -1.0, "sft.label_weight: -1.0 must be at least 0"),
+    ("sft.explanation_weight", -1.0, "sft.explanation_weight: -1.0 must be at least 0"),
+    ("sft.ordinal_weight", -1.0, "sft.ordinal_weight: -1.0 must be at least 0"),
+    ("distill.explanation_weight", -0.1, "distill.explanation_weight: -0.1 must be at least 0"),
+    ("rl.rollouts.weights", [1.0, -1.0, 0.0, 0.0], "weights: (1.0, -1.0, 0.0, 0.0) must be one of at least 0 for each"),
+    ("rl.clip_low", 2.0, "rl.clip_low: 2.0 must be between 0 and 1"),
+    ("data.train.format", "clips_text", "rl.prompts_from: data.train has texts, where judged pairs are read"),
+    ("data.hard.format", "clips_text", "rl.experts_from: data.hard has texts, where judged pairs are read"),
+    ("data.dev.format", "clips_text", "evaluation.test: data.dev has texts, where judged pairs are read"),
     ("instruction.labels", ["0"], "a scale has at least two different labels"),
     ("instruction.meanings", ["bad"], "2 labels but 1 meanings"),
     ("instruction.rules", ((3, "x", (2,)),), "instruction.rules: rule 3 has grades (2,) of 2 labels"),
@@ -210,6 +220,13 @@ def test_without_experts_no_row_is_kept_for_them():
     config = changed("rl.experts_from", "")
     config["rl"]["micro_batches"] = 4
     assert read_settings(config).stages[2].rollouts.rows == 4
+
+
+@pytest.mark.parametrize("control", ["shuffled", "last"])
+def test_the_stages_of_a_control_are_checked_as_they_are_written(control):
+    config = changed("sft.mixture", {"train": 0.0}) | {"curriculum": control}
+    with pytest.raises(ValueError, match=r"sft\.mixture maps names in `data` to shares above 0"):
+        read_settings(config)
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path}={value!r}" for path, value, _ in BAD])

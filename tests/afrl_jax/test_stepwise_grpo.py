@@ -45,6 +45,7 @@ def batch_of(branches, **values) -> dict[str, np.ndarray]:
     """One row of these branches in float64 (rendered rows are float32), without expert tokens and label slots."""
     names = ("policy_weight", "policy_unit", "advantage", "old_logprob")
     batch = {name: np.concatenate([branch.token_values[name] for branch in branches])[None] for name in names}
+    batch["segment"] = np.concatenate([branch.segments for branch in branches])[None]
     nothing = np.zeros_like(batch["advantage"])
     slot = np.zeros((1, 1, 4))
     batch |= {"label_weight": nothing, "explanation_weight": nothing, "label_unit": slot[..., 0]}
@@ -278,9 +279,11 @@ def test_metrics_of_clipping_and_of_the_sampler():
     sums, metrics = objective.sums(output, batch)
     denominators = objective.denominators(batch)
     means = {name: float(total / denominators[name]) for name, total in metrics.items() if denominators[name]}
-    assert means["clip_ratio/high"] == pytest.approx(1 / 8)  # 1.3; neither 1.25 nor the punished 1.5
-    assert means["clip_ratio/low"] == pytest.approx(2 / 8)  # .7 and .79; not the praised .5
+    assert means["clip_ratio/high_mean"] == pytest.approx(1 / 8)  # 1.3; neither 1.25 nor the punished 1.5
+    assert means["clip_ratio/low_mean"] == pytest.approx(2 / 8)  # .7 and .79; not the praised .5
     assert means["entropy"] == pytest.approx(3.5)
+    assert means["first_token/entropy"] == pytest.approx((0 + 4) / 2)  # of what was drawn; there is no expert
+    assert "first_token/accuracy" not in means
     assert means["sampler_logprob_gap"] == pytest.approx(np.abs(np.log(ratio)).mean(), rel=1e-6)
     assert sums.keys() <= denominators.keys()
     assert metrics.keys() <= denominators.keys()

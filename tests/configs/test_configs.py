@@ -1,5 +1,6 @@
 """Every config reads, and the real-size recipe lowers in all its stages."""
 
+import ast
 import json
 import os
 import pathlib
@@ -31,6 +32,18 @@ def test_a_config_says_how_it_is_run_and_reads(file):
     json.dumps(config)
 
 
+def test_the_ten_lines_of_the_readme_make_a_config_of_the_one_that_they_are_copied_into():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Your own data, in ten lines")[2]
+    lines = text.partition("```python\n")[2].partition("```")[0]
+    assert len(lines.splitlines()) <= 10
+    config = read_config(REPOSITORY / "configs/afrl_crowdflower_smollm2.py", []) | ast.literal_eval("{" + lines + "}")
+    settings = read_settings(config)
+    assert [stage.kind for stage in settings.stages] == ["sft", "rl", "distill"]
+    assert settings.teacher.source == "Qwen/Qwen3-0.6B" and settings.student.cut == 14
+    longest = min(stage.row_tokens for stage in settings.stages if hasattr(stage, "row_tokens"))
+    assert 48 < settings.max_document_tokens <= longest // 2
+
+
 def test_one_override_moves_all_data_of_a_config():
     for file in CONFIGS:
         config = read_config(file, ["--config.data_root=elsewhere"])
@@ -50,18 +63,18 @@ def test_a_judge_that_reads_is_asked_as_it_was_trained():
 @pytest.fixture
 def data_folder(tmp_path):
     """Judgments of the recipe's scale, with documents as long as it lets them be."""
-    judgments = [
-        Judgment(
-            Query(f"q{query}", f"red shoes number {query}"),
-            Document(f"d{query}-{grade}", "Shoes", "blue leather with laces " * 400),
-            grade,
-            Explanation(("red",), ("blue",), (Match.VIOLATED,), grade + 1),  # the recipe has a rule for each grade
-            (grade + 1,),
-        )
-        for query in range(8)
-        for grade in range(4)
-    ]
     for name in ("train", "hard", "expert", "calibration", "dev"):
+        judgments = [
+            Judgment(
+                Query(f"q{query}", f"red shoes number {query} for {name}"),
+                Document(f"d{query}-{grade}", "Shoes", "blue leather with laces " * 400),
+                grade,
+                Explanation(("red",), ("blue",), (Match.VIOLATED,), grade + 1),  # the recipe has a rule for each grade
+                (grade + 1,),
+            )
+            for query in range(8)
+            for grade in range(4)
+        ]
         write_judgments(tmp_path / "data" / name, judgments, Scale(("0", "1", "2", "3")))
     return tmp_path
 

@@ -27,3 +27,12 @@ def test_one_override_moves_all_data_of_the_real_size():
     config = read_config(REPOSITORY / "configs/core_qwen3.py", ["--config.data_root=elsewhere"])
     paths = [source["path"] for table in ("data", "rewrites") for source in config[table].values()]
     assert len(paths) == 3 and all(path.startswith("elsewhere/") for path in paths)
+
+
+@pytest.mark.parametrize("name", ["core_quickstart", "core_smoke"])
+def test_the_start_has_not_seen_the_searchers_of_the_phases(name):
+    """Of the built-in world session number i of (split, week) is the same one wherever it is asked for."""
+    config = read_config(REPOSITORY / "configs" / f"{name}.py", [])
+    phases, start = config["data"]["train"], config["rewrites"]["typed_later"]
+    assert (phases["split"], phases["week"]) == (start["split"], start["week"])
+    assert start["start"] >= phases.get("start", 0) + phases["sessions"]

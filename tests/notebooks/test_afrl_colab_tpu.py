@@ -57,6 +57,15 @@ def test_the_install_cell_may_run_again(tmp_path):
     assert not (tmp_path / "colab/afrl/afrl").exists()
 
 
+def test_outside_a_checkout_it_says_what_is_missing(tmp_path):
+    cell = cell_with(nbformat.read(REPOSITORY / "notebooks/afrl_colab_tpu.ipynb", as_version=4), "nvidia-smi").source
+    (tmp_path / "content").mkdir()
+    command = [sys.executable, "-c", f'REPOSITORY = ""\n{cell}']
+    ran = subprocess.run(command, cwd=tmp_path / "content", capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "put the git address of the project into REPOSITORY above" in ran.stderr
+
+
 def test_it_finds_the_device_and_trains(executed):
     notebook, workdir = executed
     assert printed(cell_with(notebook, "nvidia-smi")) == f"CPU; {REPOSITORY}\n"
