@@ -4,9 +4,9 @@
 
 Then its instruction evolves, from the rulebook without its rare rules, by mined edits and beside as many random ones;
 runs/rulebooks/evolution/report/report.html shows what each round fixed, against the full rulebook, also in words that
-training never showed. Hardware meant: 2 CPU cores. Measured: nothing yet, so nothing here is tuned. A smaller try (embed
-128, 6 layers, 12 documents a query, 400 steps of text) had not learned to grade after 400 supervised steps: loss of the
-grade 1.22, chance 1.39.
+training never showed. Hardware meant: 2 CPU cores. Measured: nothing yet, so nothing here is tuned. A smaller try
+(embed 128, 6 layers, 12 documents a query, 400 steps of text) had not learned to grade after 400 supervised steps: loss
+of the grade 1.22, chance 1.39.
 """
 
 from ml_collections import ConfigDict
