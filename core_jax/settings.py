@@ -206,8 +206,9 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"weekly.store: {error}") from error
     for week, incident in settings.weekly.incidents.items():
         one_of(f"weekly.incidents.{week}", incident, INCIDENTS)
-        first = settings.weekly.first_week
-        one_of("weekly.incidents", week, [f"week{number}" for number in range(first, first + settings.weekly.weeks)])
+        first, weeks = settings.weekly.first_week, settings.weekly.weeks
+        if weeks:  # who leaves out the weeks leaves out their incidents
+            one_of("weekly.incidents", week, [f"week{number}" for number in range(first, first + weeks)])
     if not 0 <= settings.weekly.drift <= 10:
         raise ValueError(f"weekly.drift: {settings.weekly.drift} must lie between 0 and 10")
     if settings.evaluation.sessions == settings.sessions:

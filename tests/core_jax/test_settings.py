@@ -93,3 +93,8 @@ def test_what_is_wrong_is_named_with_what_is_right(key, value, message):
 def test_online_sampling_needs_no_server():
     with pytest.raises(ValueError, match=r"sampler\.url: online GRPO samples at every step"):
         read_settings(changed("sampler.url", "http://localhost:8000") | {"arm": "grpo"})
+
+
+def test_without_weeks_their_incidents_are_left_out():
+    given = changed("weekly.incidents", {"week3": "title_copying"})
+    assert read_settings(given | {"weekly": {**given["weekly"], "weeks": 0}}).weekly.weeks == 0
