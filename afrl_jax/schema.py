@@ -81,8 +81,10 @@ class Judgment:
 
     @property
     def deciding_rule(self) -> int | None:
-        """The first of `rules`, or the one that the explanation names; None where no rule is known."""
-        return self.rules[0] if self.rules else self.explanation.rule if self.explanation else None
+        """The first of `rules`, or the one that the explanation names; None where no rule is known. 0 is none: what an
+        explanation names where the instruction has no rules."""
+        named = self.rules[0] if self.rules else self.explanation.rule if self.explanation else None
+        return named or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

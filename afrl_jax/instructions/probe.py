@@ -93,19 +93,14 @@ class Probe:
             partial.replace(file)
         with np.load(file) as found:
             probabilities, decision = found["probabilities"], Decision.from_json(str(found["decision"]))
-        ruled = all(map(has_rule, judgments))
+        rules, grades = ([getattr(judgment, name) for judgment in judgments] for name in ("deciding_rule", "grade"))
         return Predictions(
             query_index=query_numbers(judgments),
-            grade=np.array([judgment.grade for judgment in judgments]),
+            grade=np.array(grades),
             probabilities=probabilities,
             decision=decision,
-            rule=np.array([judgment.rules[0] if ruled else judgment.grade for judgment in judgments]),
+            rule=np.array(grades if None in rules else rules),
         )
-
-
-def has_rule(judgment: Judgment) -> bool:
-    """Whether it names the rule that decided it; 0 is none."""
-    return bool(judgment.rules and judgment.rules[0])
 
 
 def digest(instruction: Instruction) -> str:

@@ -21,7 +21,7 @@ from afrl_jax.instructions.dataset_folder import write_synthesized
 from afrl_jax.instructions.edits import condition_of, words
 from afrl_jax.instructions.evolution import NEW, REPLAY, Evolution, Round, Size, group_sizes, queries_of
 from afrl_jax.instructions.identify import Table
-from afrl_jax.instructions.probe import Judge, Probe, has_rule
+from afrl_jax.instructions.probe import Judge, Probe
 from afrl_jax.instructions.proposers import LanguageModelEdits, MinedRules, Proposer, RandomEdits
 from afrl_jax.instructions.synthesis import Labeller, synthesize
 from afrl_jax.schema import Instruction, Judgment
@@ -188,7 +188,8 @@ def evolve_instruction(
     if isinstance(proposer, LanguageModelEdits):
         facts["malformed edits"] = str(sum(done.malformed for done in main))
     options = {"seed": settings.seed, "resamples": settings.resamples, "rule_frequency": rule_frequency}
-    grades = () if all(map(has_rule, sets.get(TEST, ()))) else base.scale.labels
+    ruled = all(judgment.deciding_rule for judgment in sets.get(TEST, ()))
+    grades = () if ruled else base.scale.labels
     fixed = fixed_rows(probe, table, main)
     report.write_report(
         folder / "report", arms, tested, title=title, facts=facts, fixed=fixed, grades=grades, **options

@@ -22,10 +22,11 @@ Verdict: 2"""
 def test_an_explanation_of_the_human_grade_is_kept():
     explained, reason = check(GOOD + "\n", PAIR, PLAIN)
     assert reason == "" and explained.grade == PAIR.grade and explained.query == PAIR.query
-    assert explained.explanation.need == ("shoes", "color red", "size 42") and explained.rules == ()
+    assert explained.explanation.need == ("shoes", "color red", "size 42")
+    assert explained.rules == () and explained.deciding_rule is None
     assert explained.explanation.verdicts == (Match.MET, Match.VIOLATED, Match.MET)
     ruled, _ = check(GOOD.replace("Rule: 0", "Rule: 1"), PAIR, RULED)
-    assert ruled.rules == (1,)
+    assert ruled.rules == (1,) and ruled.deciding_rule == 1
 
 
 @pytest.mark.parametrize(
