@@ -32,6 +32,6 @@ def get_config() -> ConfigDict:
             "mpo": small,
             "grpo": {"rows": 2, "row_tokens": 192, "group": 4, "learning_rate": 1e-3, "save_every": 2},
             "phases": {"count": 2, "contexts": 6, "rewrites": 4, "k": 1, "margin": 1e-6, "rows": 4},
-            "evaluation": {"resamples": 50},
+            "evaluation": {"resamples": 50, "searches": 4},
         }
     )  # fmt: skip

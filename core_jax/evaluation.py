@@ -2,7 +2,7 @@
 
 The reward's own figures (improvement rate, factors) stand beside what the reward cannot see: how often a rewrite only
 repeats the query or copies the watched title, lengths, how many rewrites are distinct, entropy - and, in the built-in
-world, the independent judge. Intervals are over queries.
+world, the independent judge of its words and what it does to search beside the query. Intervals are over queries.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from core_jax.inputs import Sessions
 from core_jax.ratio_reward import RewardSettings, Rewrite, score_rewrites
 from core_jax.relevance import Relevance
 from core_jax.rewriter import Rewriter
+from core_jax.search.trial import Trial
 from core_jax.sessions import judge_rewrite
 from lm_jax.bootstrap import Figure, Resamples, interval
 
@@ -34,6 +35,8 @@ MEANINGS: Mapping[str, str] = {
     "share_clipped": "rewrites whose ratio lies outside the clip",
     "judge": "↑ independent judge: F1 of the constraints said against those meant",
     "judge_gain": "↑ the same, minus that of the query as typed",
+    "ndcg": "↑ nDCG@10, by what was meant, of some searches with the rewrite beside the query",
+    "ndcg_gain": "↑ the same, minus that of the query alone",
     "identity": "rewrites that repeat the query",
     "copies_title": "rewrites that hold the watched title",
     "length": "tokens of a rewrite",
@@ -48,7 +51,7 @@ RATES = ("improvement_rate", "share_clipped", "identity", "copies_title", "trunc
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
     """One rewriter on N contexts: the queries, its rewrites, and float [N] of every figure but `distinct`. NaN where a
-    context has no such figure (no watched title, no reward of a truncated rewrite)."""
+    context has no such figure (no watched title, no reward of a truncated rewrite, not searched)."""
 
     queries: Sequence[str]
     rewrites: Sequence[str]
@@ -90,8 +93,14 @@ class Evaluated:
             return cls([row["query"] for row in rows], [row["rewrite"] for row in rows], dict(values))
 
 
-def evaluate(rewriter: Rewriter, held_out: Sessions, relevance: Relevance, settings: RewardSettings) -> Evaluated:
-    """The rewriter's greedy rewrites of the sessions' contexts, measured."""
+def evaluate(
+    rewriter: Rewriter,
+    held_out: Sessions,
+    relevance: Relevance,
+    settings: RewardSettings,
+    trial: Trial | None = None,
+) -> Evaluated:
+    """The rewriter's greedy rewrites of the sessions' contexts, measured; in a trial of the first of them, searched."""
     contexts = held_out.contexts
     tokens = rewriter.rewrite_tokens(contexts)
     rewrites = [rewriter.format.read(each) for each in tokens]
@@ -127,6 +136,13 @@ def evaluate(rewriter: Rewriter, held_out: Sessions, relevance: Relevance, setti
             ]
         )
         values |= {"judge": judged[:, 0], "judge_gain": judged[:, 0] - judged[:, 1]}
+    if trial is not None:
+        said = [rewrite.text if rewrite.usable else None for rewrite in rewrites]
+        found = trial.with_rewrites(relevance, said, [None] * len(said))
+        beside, alone = (
+            np.pad(each["ndcg_exp@10"], (0, len(said) - len(trial.truth)), constant_values=np.nan) for each in found
+        )
+        values |= {"ndcg": beside, "ndcg_gain": beside - alone}
     numbers = {name: np.asarray(value, float) for name, value in values.items()}
     return Evaluated([c.query for c in contexts], [rewrite.text for rewrite in rewrites], numbers)
 

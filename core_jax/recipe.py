@@ -27,6 +27,7 @@ from core_jax.report import write_report
 from core_jax.rewriter import Rewriter, export_weights
 from core_jax.sampler import InProcess, Sampler, Server
 from core_jax.schema import SearchSession
+from core_jax.search.trial import Trial
 from core_jax.settings import Settings, TrainSettings
 from lm_jax import lora, run_log, train_state
 from lm_jax.parameters import Parameters, abstract, initialize
@@ -220,12 +221,19 @@ class Recipe:
         folder = self.run.path / "stages" / f"evaluate.{name}"
         if self.run.finished(folder.name) is None:
             began = time.monotonic()
-            evaluated = evaluate(self._rewriter(name), self.inputs.held_out, self.deployed, self.settings.reward)
+            held_out, reward = self.inputs.held_out, self.settings.reward
+            evaluated = evaluate(self._rewriter(name), held_out, self.deployed, reward, self._trial)
             evaluated.save(folder)
             self.run.finish(folder.name, {"seconds": round(time.monotonic() - began, 1)})
             rate = evaluated.values["improvement_rate"].mean()
             run_log.say(f"{name}: {rate:.1%} of held-out rewrites improve on their query")
         return Evaluated.load(folder)
+
+    @functools.cached_property
+    def _trial(self) -> Trial | None:
+        """Searches of the first held-out contexts, where what was meant is known."""
+        truth, count = self.inputs.held_out.truth, self.settings.evaluation.searches
+        return Trial.of(truth[:count], truth[count:]) if truth and count else None
 
     def _report(self, evaluated: Mapping[str, Evaluated]) -> dict[str, float]:
         training, held_out = self.inputs.training, self.inputs.held_out

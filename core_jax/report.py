@@ -34,7 +34,7 @@ COSTS = {
     "seconds/training": "s training",
 }
 REWARD = ("improvement_rate", "log_gain", "s_pos", "s_neg", "s_rand", "s_off")
-TRUTH = ("judge", "judge_gain")
+TRUTH = ("judge", "judge_gain", "ndcg", "ndcg_gain")
 DEGENERACY = ("identity", "copies_title", "distinct", "truncated", "length", "entropy")
 EXAMPLES = 12
 
@@ -115,7 +115,8 @@ def _plots(figures: Mapping[str, Mapping[str, Figure]], records: Sequence[Mappin
         return Plot(name, title, caption, figure_rows(figures, wanted), draw_figures)
 
     yield dots("reward", "Reward", "On held-out sessions, with 95% intervals over queries.", REWARD)
-    yield dots("judge", "Independent judge", "What was said against what was meant; no part of any reward.", TRUTH)
+    truth = "What was said, and what search shows of it, against what was meant; no part of any reward."
+    yield dots("judge", "Independent judge", truth, TRUTH)
     yield dots("degeneracy", "Does it degenerate?", "A rewriter that pleases the reward alone shows here.", DEGENERACY)
     yield series(
         "loss", "Loss", "Nats a pair or a token, weighted; a panel a stage.", "loss", lambda name: name == "loss"

@@ -114,6 +114,7 @@ class EvaluationSettings:
     """After the start and after every phase: greedy rewrites of the sessions named `sessions`."""
 
     sessions: str = "held_out"
+    searches: int = 50  # of the first of them, with the rewrite beside the query, in the built-in world; 0: none
     resamples: int = 1000
 
 
@@ -196,6 +197,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     at_least(0, "weekly.", settings.weekly, "weeks", "first_week", "searches")
     at_least(1, "weekly.", settings.weekly, "sessions", "held_out", "incident_steps", "resamples")
     at_least(1, "evaluation.", settings.evaluation, "resamples")
+    at_least(0, "evaluation.", settings.evaluation, "searches")
     if settings.weekly.weeks and settings.arm == "grpo":
         raise ValueError("weekly.weeks: weeks learn in phases, and arm 'grpo' has none: set weekly.weeks to 0")
     if settings.weekly.weeks and settings.data[settings.sessions].get("format") != "clips":

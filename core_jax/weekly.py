@@ -42,11 +42,7 @@ from core_jax.relevance import Relevance
 from core_jax.rewriter import Rewriter
 from core_jax.sampler import Sampler
 from core_jax.schema import Context
-from core_jax.search.engine import Engine
-from core_jax.search.rawrank import LightRanker
-from core_jax.search.recall import LexicalRecall
 from core_jax.search.rewrite_store import RewriteStore, open_backend, read_refusals, read_secret
-from core_jax.search.stages import Stages
 from core_jax.search.trial import Compared, Trial, compare
 from core_jax.session_reader import RewriteExample
 from lm_jax import run_log
@@ -162,6 +158,8 @@ class Weekly:
         if production in (incumbent, version):  # of another, moved there by hand, no rewrites are at hand
             self._write_store(production, following, evaluated[int(production == version)])
         judged = [float(np.mean(each.values["judge"])) for each in evaluated]
+        effect = self._effect(following, evaluated, wronged(self.recipe.deployed))
+        ndcg = effect["ndcg_exp@10"].difference.value if effect else None
         facts = {
             "week": number,
             "incident": name,
@@ -173,9 +171,9 @@ class Weekly:
             "rolled_back": standing == "rolled back",
             "figures": verdict.figures(),
             "judge": {"incumbent": judged[0], "candidate": judged[1]},
+            "search": ndcg,
             "improvement_rate": float(np.mean(evaluated[1].values["improvement_rate"])),
         }
-        effect = self._effect(following, evaluated, wronged(self.recipe.deployed))
         self._report(number, verdicts, evaluated, facts, effect, weeks)
         return facts
 
@@ -261,13 +259,8 @@ class Weekly:
         if not count:
             return None
         trial = Trial.of(following.truth[:count], following.truth[count:])
-        stages = Stages(LexicalRecall(trial.documents), LightRanker(trial.documents), relevance)
-        engine, contexts = Engine(stages, refusals=self.refusals), following.contexts
-        found = [
-            trial.measure(lambda number, each=each: engine.search(contexts[number], rewrite=each[number]))
-            for each in map(_usable, evaluated)
-        ]
-        queries = [context.query for context in contexts[:count]]
+        found = trial.with_rewrites(relevance, *map(_usable, evaluated), refusals=self.refusals)
+        queries = [context.query for context in following.contexts[:count]]
         return compare(*found, queries, seed=self.settings.seed, resamples=self.settings.weekly.resamples)
 
     # --- what a week leaves ----------------------------------------------------------------------------------------

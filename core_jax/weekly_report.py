@@ -38,6 +38,7 @@ def week_rows(weeks: Sequence[Week]) -> Rows:
             "decision": week["decisions"]["gate"] + (", rolled back" if week.get("rolled_back") else ""),
             "log_ratio": f"{week['figures']['log_ratio/difference']:+.3f}",
             "judge": f"{week['judge']['candidate'] - week['judge']['incumbent']:+.3f}",
+            "search nDCG@10": "–" if week["search"] is None else f"{week['search']:+.3f}",
             "improves on the query": f"{week['improvement_rate']:.1%}",
             "why not": "; ".join(reason.partition(":")[0] for reason in week["reasons"]) or "–",
         }

@@ -18,7 +18,12 @@ from afrl_jax.data.clips_catalogue import Clip
 from afrl_jax.data.clips_rules import judge
 from afrl_jax.ranking_metrics import exponential_gain
 from afrl_jax.schema import Document
-from core_jax.search.engine import Response
+from core_jax.relevance import Relevance
+from core_jax.search.engine import Engine, Response
+from core_jax.search.rawrank import LightRanker
+from core_jax.search.recall import LexicalRecall
+from core_jax.search.rewrite_store import Refusals
+from core_jax.search.stages import Stages
 from core_jax.sessions import CLICK, GOES_ON, Drift, SimulatedSession
 from lm_jax.bootstrap import Difference, Figure, Resamples, interval, two_sided_p
 
@@ -78,6 +83,21 @@ class Trial:
         clips = [clip_of(document, drift) for document in documents.values()]
         grades = np.array([[judge(each.intent, clip).grade for clip in clips] for each in truth], np.int8)
         return cls(truth, list(documents.values()), grades)
+
+    def with_rewrites(
+        self, relevance: Relevance, *sides: Sequence[str | None], refusals: Refusals | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """Figures as `measure` has them of each side: searches with its rewrites beside the query in all stages.
+
+        Args:
+            relevance: of finerank.
+            sides: a rewrite for each search at least, in order; None: the query alone.
+        """
+        engine = Engine(
+            Stages(LexicalRecall(self.documents), LightRanker(self.documents), relevance), refusals=refusals
+        )
+        contexts = [each.session.context for each in self.truth]
+        return [self.measure(lambda n, of=rewrites: engine.search(contexts[n], rewrite=of[n])) for rewrites in sides]
 
     def measure(self, search: Callable[[int], Response]) -> dict[str, np.ndarray]:
         """Figures float [S] of each search, NaN where the collection holds nothing just right (nothing right for nDCG).

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from afrl_jax.data.clips_queries import render_query
 from core_jax.evaluation import Evaluated, evaluate
 from core_jax.inputs import Sessions
 from core_jax.ratio_reward import RewardSettings, Rewrite, score_rewrites
@@ -11,6 +12,7 @@ from core_jax.relevance import BM25Relevance
 from core_jax.report import write_report
 from core_jax.rewrite_format import RewriteFormat
 from core_jax.rewriter import TokenFigures
+from core_jax.search.trial import Trial
 from core_jax.sessions import judge_rewrite, simulate
 
 
@@ -66,6 +68,26 @@ def test_copying_the_title_is_seen(format, held_out, relevance):
     found = figures(evaluate(Says(format, title), held_out, relevance, RewardSettings()))
     assert found["copies_title"] == 1 and found["identity"] < 0.2
     assert found["judge_gain"] < -0.2
+
+
+def test_search_with_what_was_meant_gains_and_the_rest_is_not_searched(format, held_out, relevance):
+    """The first 20 contexts are searched; with what was cut off they are the searches of the query alone."""
+    trial = Trial.of(held_out.truth[:20], held_out.truth[20:])
+    meant = {
+        each.session.context.key: each.drift.query(
+            render_query(each.intent, np.random.default_rng(0), 0.0), np.random.default_rng(1)
+        )
+        for each in held_out.truth
+    }
+    says = lambda cut: Says(format, lambda context: meant[context.key], cut)
+    found = evaluate(says(False), held_out, relevance, RewardSettings(), trial)
+    cut = evaluate(says(True), held_out, relevance, RewardSettings(), trial)
+    gain, ndcg = found.values["ndcg_gain"], found.values["ndcg"]
+    assert np.isnan(ndcg[20:]).all() and np.isfinite(ndcg[:20]).all() and np.nanmean(gain) > 0.05
+    odd = np.arange(20) % 2 == 1
+    assert (cut.values["ndcg_gain"][:20][odd] == 0).all()
+    np.testing.assert_array_equal(cut.values["ndcg"][:20][~odd], ndcg[:20][~odd])
+    np.testing.assert_allclose((ndcg - gain)[:20], (cut.values["ndcg"] - cut.values["ndcg_gain"])[:20])
 
 
 def test_a_constant_is_seen(format, held_out, relevance):

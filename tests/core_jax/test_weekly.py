@@ -312,7 +312,7 @@ def week(number, incident, decision, judge=0.5):
         "week": number, "incident": incident, "decisions": dict.fromkeys(GATES, decision),
         "reasons": ["length: too long"] if decision == "block" else [],
         "figures": {"log_ratio/difference": 0.1}, "judge": {"incumbent": judge, "candidate": judge + 0.1},
-        "improvement_rate": 0.6,
+        "search": 0.04 if number == 1 else None, "improvement_rate": 0.6,
     }  # fmt: skip
 
 
@@ -324,6 +324,7 @@ def test_the_page_of_all_weeks_counts_as_the_detector_does(tmp_path):
     assert metrics["gate/detection_rate"] == metrics["gate/let_through_rate"] == 0.5
     assert metrics["gate/mean_delay_weeks"] == 1 and metrics["gate/never_detected"] == 0
     page = (tmp_path / "report.html").read_text()
+    assert page.count("<td>+0.040</td>") == 1  # search nDCG, of the week that tried searching
     assert "copies the watched title" in page and '<a href="3/report.html">3</a>' in page
     assert dataclasses.is_dataclass(weekly_report.detectors(rows)["gate"])
 
