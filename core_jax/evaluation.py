@@ -26,6 +26,7 @@ from lm_jax.bootstrap import Figure, Resamples, interval
 # What a figure is, for a reader who meets it here first; the arrow says which way is better.
 MEANINGS: Mapping[str, str] = {
     "improvement_rate": "↑ contexts whose rewrite has a higher reward than the query as typed",
+    "improves_if_said": "↑ the same, of the contexts whose rewrite does not repeat the query",
     "log_gain": "↑ log r of the rewrite minus that of the query, where the rewrite ended",
     "reward": "↑ r of the rewrite",
     "s_pos": "↑ relevance of what was clicked",
@@ -45,7 +46,7 @@ MEANINGS: Mapping[str, str] = {
     "surprisal": "nats a token of its own rewrites",
     "distinct": "different rewrites for each context; falls when a rewriter says the same to all",
 }
-RATES = ("improvement_rate", "share_clipped", "identity", "copies_title", "truncated")
+RATES = ("improvement_rate", "improves_if_said", "share_clipped", "identity", "copies_title", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,8 @@ def evaluate(
             np.pad(each["ndcg_exp@10"], (0, len(said) - len(trial.truth)), constant_values=np.nan) for each in found
         )
         values |= {"ndcg": beside, "ndcg_gain": beside - alone}
+    repeats = np.array(values["identity"], bool)
+    values["improves_if_said"] = np.where(repeats, np.nan, values["improvement_rate"])
     numbers = {name: np.asarray(value, float) for name, value in values.items()}
     return Evaluated([c.query for c in contexts], [rewrite.text for rewrite in rewrites], numbers)
 

@@ -24,7 +24,7 @@ import numpy as np
 from afrl_jax.data import batches
 from core_jax import mpo
 from core_jax.inputs import Inputs
-from core_jax.preference_pairs import preference_pairs
+from core_jax.preference_pairs import Pair, preference_pairs, query_pairs
 from core_jax.ratio_reward import Rewards, score_rewrites
 from core_jax.relevance import Counted, Relevance
 from core_jax.sampler import Rewrites, Sampler
@@ -110,15 +110,19 @@ class Phase:
         sampled = time.monotonic()
         read = [[self.inputs.format.read(tokens) for tokens in rewrites] for rewrites in drawn]
         relevance = Counted(self.relevance)
-        rewards = score_rewrites(self.sessions, read, relevance, self.settings.reward)
+        queries = [self.inputs.format.encode_rewrite(session.context.query) for session in self.sessions]
+        texts = [[*of, self.inputs.format.read(query)] for of, query in zip(read, queries, strict=True)]
+        with_query = score_rewrites(self.sessions, texts, relevance, self.settings.reward)
         scored = time.monotonic()
+        values_SN = with_query.value.reshape(-1, phases.rewrites + 1)
+        rewards = with_query[np.arange(values_SN.size) % (phases.rewrites + 1) < phases.rewrites]
         prompts = self.inputs.format.encode_prompts([session.context for session in self.sessions])
-        pairs, margins = [], []
-        for place, (prompt, rewrites, texts) in enumerate(zip(prompts, drawn, read, strict=True)):
-            values = rewards.value[place * phases.rewrites : (place + 1) * phases.rewrites]
-            for pair in preference_pairs([t.text for t in texts], values, k=phases.k, margin=phases.margin):
-                pairs.append((prompt, rewrites[pair.chosen], rewrites[pair.rejected]))
-                margins.append(pair.margin)
+        pairs, margins, learned = [], [], 0
+        for prompt, rewrites, query, said, values in zip(prompts, drawn, queries, texts, values_SN, strict=True):
+            answers, found = [*rewrites, query], self._pairs([each.text for each in said], values, len(query))
+            pairs += [(prompt, answers[pair.chosen], answers[pair.rejected]) for pair in found]
+            margins += [pair.margin for pair in found]
+            learned += len({place for pair in found for place in pair[:2]} - {len(rewrites)})
         if not pairs:
             finite = rewards.value[np.isfinite(rewards.value)]
             spread = f"values lie between {finite.min():.3g} and {finite.max():.3g}" if len(finite) else "none ended"
@@ -130,7 +134,7 @@ class Phase:
             "contexts": len(self.sessions),
             "sampled": count,
             "pairs": len(pairs),
-            "share_in_gradient": 2 * len(pairs) / count,
+            "share_in_gradient": learned / count,
             "margin": float(np.mean([margin for margin in margins if np.isfinite(margin)] or [0.0])),
             "reward_batches": relevance.calls,
             "relevance_pairs": relevance.pairs,
@@ -146,6 +150,15 @@ class Phase:
             self.log.write(stage, 0, figures)
         clock = {"seconds/sampling": round(sampled - began, 1), "seconds/scoring": round(scored - sampled, 1)}
         return Collected(pairs, figures | clock)
+
+    def _pairs(self, texts: Sequence[str], values: np.ndarray, query_tokens: int) -> list[Pair]:
+        """The pairs of a context's rewrites and its query, the last of texts and values. A query that is longer than a
+        rewrite may be is in none."""
+        phases = self.settings.phases
+        found = preference_pairs(texts[:-1], values[:-1], k=phases.k, margin=phases.margin)
+        if query_tokens <= self.settings.rewriter.max_new_tokens:
+            found += query_pairs(texts, values, count=phases.query_pairs, margin=phases.margin)
+        return found
 
     def _draw(self, parameters: Parameters) -> Rewrites:
         """The rewrites of all sessions, from disk as far as they are there."""

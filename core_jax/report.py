@@ -23,7 +23,7 @@ COSTS = {
     "sampled": "rewrites drawn",
     "relevance_pairs": "query-document pairs the reward asked for",
     "pairs": "preference pairs kept",
-    "share_in_gradient": "of the rewrites drawn, so many in the gradient pass (at most 2k/N)",
+    "share_in_gradient": "of the rewrites drawn, so many in the gradient pass (at most (2k + query_pairs)/N)",
     "syncs": "times the sampler took over the policy",
     "staleness/most_steps": "steps that the policy is ahead of the one sampled from, at most",
     "margin": "mean difference of value in a pair",
@@ -33,7 +33,7 @@ COSTS = {
     "seconds/scoring": "s scoring",
     "seconds/training": "s training",
 }
-REWARD = ("improvement_rate", "log_gain", "s_pos", "s_neg", "s_rand", "s_off")
+REWARD = ("improvement_rate", "improves_if_said", "log_gain", "s_pos", "s_neg", "s_rand", "s_off")
 TRUTH = ("judge", "judge_gain", "ndcg", "ndcg_gain")
 DEGENERACY = ("identity", "copies_title", "distinct", "truncated", "length", "entropy")
 EXAMPLES = 12

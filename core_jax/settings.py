@@ -94,6 +94,7 @@ class PhaseSettings:
     contexts: int = 0  # a phase, the next ones of the training sessions in turn; 0: all of them
     rewrites: int = 16  # a context, N
     k: int = 2  # best zipped with worst
+    query_pairs: int = 0  # besides, so many rewrites of a context against the query as typed
     margin: float = 0.1  # of values, log r
     rows: int = 16  # contexts sampled at once
 
@@ -191,7 +192,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError("rewriter needs one of source and shape")
     at_least(1, "rewriter.", settings.rewriter, "max_watched_tokens", "max_new_tokens")
     at_least(1, "phases.", settings.phases, "count", "k", "rows")
-    at_least(0, "phases.", settings.phases, "contexts")
+    at_least(0, "phases.", settings.phases, "contexts", "query_pairs")
     at_least(2 * settings.phases.k, "phases.", settings.phases, "rewrites")
     at_least(2, "grpo.", settings.grpo, "group")
     at_least(0, "weekly.", settings.weekly, "weeks", "first_week", "searches")

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_jax.preference_pairs import preference_pairs
+from core_jax.preference_pairs import preference_pairs, query_pairs
 
 INFINITY = float("inf")
 
@@ -48,3 +48,18 @@ def test_pairs_are_clear_disjoint_and_bounded(drawn, k, margin):
         assert texts[chosen] != texts[rejected] and difference == values[chosen] - values[rejected] >= margin
     if pairs:
         assert values[pairs[0].chosen] == values.max()
+
+
+def test_the_query_stands_against_the_first_rewrites_whichever_is_better():
+    texts, values = ["a", "q", "b", "a", "c", "q"], np.array([0.9, 0.5, 0.1, 0.2, 0.45, 0.5])
+    pairs = query_pairs(texts, values, count=3, margin=0.1)
+    assert [pair[:2] for pair in pairs] == [(0, 5), (5, 2)]  # "a" once, the query never, "c" is within the margin
+    assert [pair.margin for pair in pairs] == [0.4, 0.4]
+    assert [pair[:2] for pair in query_pairs(texts, values, count=1, margin=0.1)] == [(0, 5)]
+    assert query_pairs(texts, values, count=0, margin=0.1) == []
+
+
+def test_a_truncated_rewrite_stands_behind_the_query():
+    pairs = query_pairs(["a", "q"], np.array([-INFINITY, -3.0]), count=1, margin=0.1)
+    assert pairs == [(1, 0, INFINITY)]
+    assert query_pairs(["a", ""], np.array([-INFINITY, -INFINITY]), count=1, margin=0.1) == []
