@@ -12,7 +12,7 @@
   /v1/score         pairs of texts as for vLLM, or a query, items and label probabilities as for SGLang; also /score
   /v1/relevance     one pair; with "explain": true, server-sent events: the grade first, then the reasoning
   /v1/models /info  what is served
-  /health /ready    the process is alive; the model is loaded and has proved its golden pairs
+  /health /ready    the process is alive; the model is loaded, has proved its golden pairs, and scores
   /metrics /docs    Prometheus; the interface, to read and to try, as /openapi.json describes it
 
 With --api_keys=FILE, one key a line, scoring asks for `Authorization: Bearer KEY`. The log is JSON lines on stderr;

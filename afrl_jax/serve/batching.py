@@ -93,6 +93,7 @@ class Batcher:
         self.batch_pairs, self.queue_pairs = batch_pairs, queue_pairs
         self.wait_seconds, self.deadline_seconds = wait_seconds, deadline_seconds
         self.held = 0  # pairs that have a place
+        self.failed_in_row = 0  # batches
         self._queue: list[_Work] = []  # in the order of their turns
         self._arrived = asyncio.Event()
         self._recent = (0.0, 0.0)  # pairs, seconds
@@ -187,10 +188,12 @@ class Batcher:
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, items, salts)
         except Exception as error:
+            self.failed_in_row += 1
             self._failed(len(items), len(pieces), error)
             if len(pieces) == 1 and not pieces[0][0].done.done():
                 pieces[0][0].done.set_exception(error)
             return False
+        self.failed_in_row = 0
         seconds = time.perf_counter() - start
         self._recent = tuple(FORGET * old + new for old, new in zip(self._recent, (len(items), seconds), strict=True))
         self._observe(len(items), seconds)

@@ -259,8 +259,9 @@ async def health() -> dict[str, str]:
 @about.head("/ready", include_in_schema=False)
 @about.get("/ready", responses={503: {"model": ErrorBody, "description": "not ready"}})
 async def ready(service: ServiceHere) -> dict[str, bool]:
-    """The model is loaded, its golden pairs have their scores, its shapes are compiled."""
-    return {"ready": bool(service.scorer)}
+    """The model is loaded, its golden pairs have their scores, its shapes are compiled, and it scores."""
+    await service.check()
+    return {"ready": True}
 
 
 @about.get("/metrics", response_class=Response)

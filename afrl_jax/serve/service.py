@@ -24,6 +24,7 @@ from afrl_jax.serve.scorer import Scorer
 from afrl_jax.serve.settings import Settings
 
 Value = TypeVar("Value")
+FAILED_IN_ROW = 3  # batches, after which the service doubts its model: a bad request fails twice, in company and alone
 
 
 @dataclasses.dataclass
@@ -90,6 +91,24 @@ class Service:
         except Exception as error:
             self.failure = error
             raise
+
+    async def check(self) -> None:
+        """Whether the model is there and scores. Where batches failed in a row, a pair is scored to find out.
+
+        Raises:
+            Refused: 503.
+        """
+        scorer = self.scorer
+        if self.batcher.failed_in_row < FAILED_IN_ROW:
+            return
+        try:
+            prompts = await asyncio.to_thread(scorer.encode, [(Query("ready", "ready"), Document("ready", "ready"))], None)
+            with self.batcher.place(len(prompts)) as place:
+                async with asyncio.timeout(self.settings.deadline_seconds):
+                    await self.batcher.score(prompts, b"", place)
+        except Exception as error:
+            log("not ready", error=repr(error))
+            raise Refused(503, "scoring fails; the service's log has the reason", retry_after=1) from error
 
     def close(self) -> None:
         """Let the thread of the model end."""

@@ -246,6 +246,24 @@ def test_what_others_log_is_one_line_with_its_traceback():
     assert line["traceback"].startswith("Traceback") and "test_refusals.py" in line["traceback"]
 
 
+def test_a_service_whose_scoring_fails_is_not_ready_until_it_scores_again(serving, slow_scorer):
+    scorer = slow_scorer()
+    with serving(lambda: scorer) as server:
+        scorer.broken = ""  # every document
+        for failures in range(1, 4):
+            assert server.get("/ready").status_code == 200
+            answer = server.post("/rerank", {"query": "q", "documents": ["good"]})
+            assert refused(answer, 500, "scoring_failed") and server.service.batcher.failed_in_row == failures
+        tried = len(scorer.batches)
+        answer = server.get("/ready")
+        assert refused(answer, 503, "not_ready") and answer.headers["retry-after"] == "1"
+        assert len(scorer.batches) == tried + 1 and server.get("/health").status_code == 200
+        scorer.broken = "chess"
+        assert server.get("/ready").json() == {"ready": True} and server.service.batcher.failed_in_row == 0
+        batches = len(scorer.batches)
+        assert server.get("/ready").status_code == 200 and len(scorer.batches) == batches  # nothing to find out
+
+
 def test_probabilities_that_are_no_numbers_are_a_failure(tiny_model):
     scorer = Scorer(tiny_model("qwen3", calibration=Calibration(1.0, (float("nan"), 0.0, 0.0))), 12)
     with pytest.raises(FloatingPointError):
