@@ -24,7 +24,7 @@ from lm_jax.weights import read_source_config
 from sharding.distributed import batch_parts
 from sharding.mesh import make_mesh
 
-BUILT_IN = (*sources.GENERATORS, *sources.TEXTS)  # data formats that bring their own instruction
+BUILT_IN = (*sources.GENERATORS, sources.TEXTS)  # data formats that bring their own instruction
 TOKENIZER_TEXTS = 4000  # of each data set, that a tokenizer is trained on
 
 
@@ -121,7 +121,7 @@ def _open_data(
     read = set()
     for stage in settings.stages:
         named = _read_by(stage)
-        texts = {name for name in named if settings.data[name].get("format") in sources.TEXTS}
+        texts = {name for name in named if settings.data[name].get("format") == sources.TEXTS}
         texts |= named if isinstance(stage, TextStage) else set()
         read |= texts
         judged |= named - texts

@@ -339,7 +339,7 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
 def _judged(key: str, source: str, settings: Settings, *, or_texts: bool = False) -> None:
     """`key` names a data set whose pairs all have a grade."""
     one_of(key, source, settings.data)
-    if settings.data[source].get("format") in TEXTS and not or_texts:
+    if settings.data[source].get("format") == TEXTS and not or_texts:
         raise ValueError(f"{key}: data.{source} has texts, where judged pairs are read")
     if settings.data[source].get("unjudged"):
         raise ValueError(

@@ -75,9 +75,8 @@ def model(seed: int, workdir: Path, smoke: bool) -> dict[str, float]:
         small = studies.base_config(True)
         config["teacher"] = small["teacher"]
         config["text"] |= {"steps": 2}
-        for name in ("grade", "look_up", "read"):
+        for name in ("grade", "read"):
             config[name] |= {"steps": 2}
-        config["data"]["lookups"]["texts"] = 100
         config["data"]["texts"]["texts"] = 100
         for source in config["data"].values():
             source |= {"queries": 12} if "queries" in source else {}

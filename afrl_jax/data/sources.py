@@ -4,7 +4,6 @@
     {"format": "clips_contrasts", "split": "train", "queries": 1000, "documents_per_query": 8}
     {"format": "clips_rulebooks", "split": "train", "queries": 4000, "documents_per_query": 8, "most_rules": 16}
     {"format": "clips_text", "split": "train", "texts": 20000, "size": 3}
-    {"format": "clips_rulebook_text", "split": "train", "texts": 5000}
     {"format": "folder" | "trec" | "esci" | "dataset", ...}          a real data set, see afrl_jax.data.readers
 
 Judgments of any of them take `keep`: (0.0, 0.9) keeps the queries whose hash falls into that part of [0, 1), so one
@@ -20,7 +19,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from afrl_jax.data import clips, clips_contrasts, clips_rulebook_texts, clips_rulebooks
+from afrl_jax.data import clips, clips_contrasts, clips_rulebooks
 from afrl_jax.data.readers import read_judgments
 from afrl_jax.schema import DomainText, Instruction, Judgment
 from lm_jax.typed_config import typed_value
@@ -50,19 +49,17 @@ def open_judgments(source: Mapping[str, Any], instruction: Instruction, seed: in
 
 
 def open_texts(source: Mapping[str, Any], seed: int) -> list[DomainText]:
-    """The domain texts of a source; only clips has generators of its own."""
+    """The domain texts of a source; only clips has a generator of its own."""
     arguments = dict(source)
-    format = arguments.pop("format", None)
-    if format not in TEXTS:
-        raise ValueError(f"a text stage reads a source of format {' or '.join(map(repr, TEXTS))}; got {dict(source)}")
+    if arguments.pop("format", None) != TEXTS:
+        raise ValueError(f"a text stage reads a source of format {TEXTS!r}; got {dict(source)}")
     if "texts" not in arguments:
-        raise ValueError(f"a source of format {format!r} needs texts: how many")
+        raise ValueError(f"a source of format {TEXTS!r} needs texts: how many")
     count = typed_value(arguments.pop("texts"), int, "texts")
-    return list(TEXTS[format](seed, count=count, **_typed(TEXTS[format], arguments)))
+    return list(clips.domain_texts(seed, count=count, **_typed(clips.domain_texts, arguments)))
 
 
-# The formats that have texts; all others have judgments.
-TEXTS = {"clips_text": clips.domain_texts, "clips_rulebook_text": clips_rulebook_texts.rulebook_texts}
+TEXTS = "clips_text"  # the format that has texts; all others have judgments
 GENERATORS = {
     "clips": clips.judgments,
     "clips_contrasts": clips_contrasts.judgments,

@@ -24,6 +24,7 @@ from afrl_jax.serve.scorer import Scorer
 from afrl_jax.serve.settings import Settings
 
 Value = TypeVar("Value")
+PROBE = (Query("ready", "ready"), Document("ready", "ready"))  # what a doubted model is asked
 FAILED_IN_ROW = 3  # batches, after which the service doubts its model: a bad request fails twice, in company and alone
 
 
@@ -102,7 +103,7 @@ class Service:
         if self.batcher.failed_in_row < FAILED_IN_ROW:
             return
         try:
-            prompts = await asyncio.to_thread(scorer.encode, [(Query("ready", "ready"), Document("ready", "ready"))], None)
+            prompts = await asyncio.to_thread(scorer.encode, [PROBE], None)
             with self.batcher.place(len(prompts)) as place:
                 async with asyncio.timeout(self.settings.deadline_seconds):
                     await self.batcher.score(prompts, b"", place)
