@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "supervised": {"mixture": {"typed_later": 1.0}, **small, "learning_rate": 2e-2},
             "mpo": small,
             "grpo": {"rows": 2, "row_tokens": 192, "group": 4, "learning_rate": 1e-3, "save_every": 2},
-            "phases": {"count": 2, "contexts": 6, "rewrites": 4, "k": 1, "query_pairs": 1, "margin": 1e-6, "rows": 4},
+            "phases": {"count": 2, "contexts": 6, "rewrites": 4, "k": 1, "margin": 1e-6, "rows": 4},
             "evaluation": {"resamples": 50, "searches": 4},
         }
     )  # fmt: skip

@@ -40,7 +40,7 @@ def run(relevance_folder):
     def start(workdir: pathlib.Path, *arguments: str, death: str = "never"):
         command = [sys.executable, REPOSITORY / "tests/core_jax/watched_run.py", workdir.with_suffix(".events"), death]
         command += [f"--config={REPOSITORY / 'configs/core_smoke.py'}", f"--workdir={workdir}"]
-        command += [f"--config.relevance={relevance_folder}", *arguments]
+        command += [f"--config.relevance={relevance_folder}", "--config.phases.query_pairs=1", *arguments]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=workdir.parent)
 
@@ -80,7 +80,7 @@ def facts(workdir: pathlib.Path, stage: str) -> dict:
 
 
 def test_a_query_that_is_longer_than_a_rewrite_may_be_is_in_no_pair():
-    config = read_config(REPOSITORY / "configs/core_smoke.py", [])
+    config = read_config(REPOSITORY / "configs/core_smoke.py", ["--config.phases.query_pairs=1"])
     phase = types.SimpleNamespace(settings=read_settings(config))  # 12 new tokens, k = 1, one pair with the query
     texts, values = ["a", "b", "q"], np.array([0.0, 1.0, 2.0])
     assert [pair[:2] for pair in phases.Phase._pairs(phase, texts, values, 12)] == [(1, 0), (2, 0)]
