@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 
+import hypothesis
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -22,6 +23,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# A property holds or does not; how long it takes says something of the machine and what else it does.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="module")
