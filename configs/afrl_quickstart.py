@@ -4,8 +4,8 @@
     python -m afrl_jax.main --config=configs/afrl_quickstart.py --workdir=runs/quickstart
 
 Measured on 1,600 pairs of held-out queries that nothing was tuned on; format, consistency and rule right are of 256
-explanations. As it is now, seed 0, 2 cores with AVX2, 26:20 in all (text 311 s, sft 370 s, rl 78 s, student text 169 s,
-distill 310 s, data 80 s, teacher labels and evaluation the rest):
+explanations. As it is now, seed 0, 2 cores with AVX2, tests beside it, 26:20 in all (text 311 s, sft 370 s, rl 78 s,
+student text 169 s, distill 310 s, data 80 s, teacher labels and evaluation the rest):
 
     model     accuracy  macro-F1             QWK   ndcg_exp@10  pair accuracy  ECE   format  consistency  rule right
     sft       .804      .803 [.777, .831]    .811  .965         .926           .031  .980    .965         .609

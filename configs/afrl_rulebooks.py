@@ -5,7 +5,7 @@
 Then its instruction evolves, from the rulebook without its rare rules, by mined edits and beside as many random ones;
 runs/rulebooks/evolution/report/report.html shows what each round fixed, against the full rulebook, also in words that
 training never showed. Measured once, seed 0, on one core with AVX2, shared with other programs: text 556 s, grade 728
-s, read 1,314 s, evolution about 20 minutes. On test pairs, 95% intervals over queries:
+s, read 1,314 s, evolution about ten minutes. On test pairs, 95% intervals over queries:
 
     instruction                    accuracy           macro-F1           recall of tail rules
     without the rare rules         .384 [.34, .43]    .354 [.31, .40]    .000
