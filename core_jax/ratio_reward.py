@@ -12,6 +12,13 @@ reported of it; the defaults are ours),
     h(length)    = 1 up to `free_length` tokens, then exp(-(length - free_length) / length_scale)
 
 What is optimized is the *value* log r. It is the margin that a finerank gains which multiplies by the relevance ratio.
+A finerank that also bounds that ratio gains less, and loses less by a wrong guess: with `beside` = c above 0, ours,
+
+    rel(q, d) * clip((rel(q', d) + epsilon) / (rel(q, d) + epsilon), 1/c, c)
+
+stands everywhere in the place of rel(q', d): the rewrite beside the query as `core_jax.search.fusion` consumes it, with
+that file's epsilon. So what drops a word that was typed, or guesses wrongly, loses a factor c of S_pos at most.
+
 With off_query = 0: halving every rel leaves r unchanged iff gamma = 0; adding a small constant to every rel lowers r
 iff (1 + gamma + alpha) / S_pos < 1 / S_neg + alpha / S_rand; a rewrite that lifts all documents alike gains through
 gamma alone. S_neg -> 0 cannot pass the clip.
@@ -23,7 +30,7 @@ keeps out. It sees what is dropped only where some random documents are near the
 inside which there would be less to gain for what is added; the floor alone bounds it.
 
 Arms: `form` "difference" has the value S_pos - S_neg + log h; alpha = 0 drops S_rand; gamma = 0 the level;
-off_query = 0 the off-query term, then the query as typed is not asked and S_off is S_rand. A proxy is another
+off_query = 0 the off-query term, then S_off is S_rand. A proxy is another
 `Relevance`, such as `core_jax.relevance.BM25Relevance`. The true intent of a searcher is nowhere here.
 """
 
@@ -38,6 +45,7 @@ from afrl_jax.answer_format import one_line
 from afrl_jax.schema import Document
 from core_jax.relevance import Pair, Relevance
 from core_jax.schema import SearchSession, Shown
+from core_jax.search.fusion import Fusion
 
 FORMS = ("ratio", "difference")
 
@@ -50,6 +58,7 @@ class RewardSettings:
     gamma: float = 0.5
     alpha: float = 0.5
     off_query: float = 0.0
+    beside: float = 0.0  # the clip c of the finerank that consumes the rewrite; 0: it is read alone
     floor: float = 0.02
     low: float = 0.1
     high: float = 10.0
@@ -123,21 +132,29 @@ def score_rewrites(
         if not session.has_contrast:
             raise ValueError(f"session {session.session_id!r} lacks clicked, skipped or random documents")
         documents = [shown.document for shown in (*session.clicked, *session.skipped)] + list(session.random)
-        typed = ask(one_line(session.context.query), session.random if settings.off_query else ())
+        known = documents if settings.beside else session.random if settings.off_query else ()
+        typed = ask(one_line(session.context.query), known)
         asked.append((typed, [ask(each.text, documents) if each.usable else None for each in texts]))
     found = relevance(pairs) if pairs else np.zeros(0)
     levels = []
     for session, (typed, places) in zip(sessions, asked, strict=True):
-        weights = _mean_weights(session, np.maximum(1 - found[typed], settings.floor))
+        of_query = found[typed]
+        excluded = 1 - of_query[-len(session.random) :] if settings.off_query else of_query[:0]
+        weights = _mean_weights(session, np.maximum(excluded, settings.floor))
         for place in places:
-            rel = None if place is None else np.maximum(found[place], settings.floor)
-            levels.append(np.full(4, settings.floor) if rel is None else weights @ rel)
+            if place is None:
+                levels.append(np.full(4, settings.floor))
+                continue
+            rel = found[place]
+            if settings.beside:
+                rel = of_query * Fusion(clip=settings.beside).factor(of_query, rel)
+            levels.append(weights @ np.maximum(rel, settings.floor))
     return rewards_of(np.reshape(levels, (-1, 4)), [each for texts in rewrites for each in texts], settings)
 
 
 def _mean_weights(session: SearchSession, excluded: np.ndarray) -> np.ndarray:
     """[4, D]: the weights of the means S_pos, S_neg, S_rand, S_off over clicked, skipped and random documents in a row.
-    `excluded`: of the random documents, 1 - rel(q, d); empty where the query as typed was not asked."""
+    `excluded`: of the random documents, 1 - rel(q, d); empty without an off-query term."""
     parts = [_weights(session.clicked), _weights(session.skipped), np.ones(len(session.random))]
     weights = np.zeros((4, sum(map(len, parts))))
     end = 0
@@ -181,6 +198,7 @@ def check(settings: RewardSettings) -> Mapping[str, str]:
         "gamma": settings.gamma < 0 and "must be at least 0",
         "alpha": settings.alpha < 0 and "must be at least 0",
         "off_query": settings.off_query < 0 and "must be at least 0",
+        "beside": 0 != settings.beside < 1 and "must be 0, or at least 1",
         "free_length": settings.free_length < 0 and "must be at least 0",
         "length_scale": settings.length_scale <= 0 and "must be above 0",
     }

@@ -1,9 +1,10 @@
 """Built-in sessions of search after browse, over the world of clips: who searched, what was shown, what was clicked.
 
-A searcher has a full intent of two to four constraints, has just watched a clip that (mostly) meets it, and types a
-short query: some constraints are left out, among them at times the subject itself, and a word may be misspelt. The
-engine of that time answers the words that were typed. The searcher looks at the results from the top, clicks what meets
-the *whole* intent and passes over the rest; where nothing does, the query is changed to one that says more.
+A searcher has a full intent of two to four constraints, has just watched a clip that (mostly) meets it and whose title
+says most of what is meant and little else, for that is why it was opened, and types a short query: some constraints are
+left out, among them at times the subject itself, and a word may be misspelt. The engine of that time answers the words
+that were typed. The searcher looks at the results from the top, clicks what meets the *whole* intent and passes over
+the rest; where nothing does, the query is changed to one that says more.
 
 Weeks drift: topics come and go in popularity, series unknown to every model appear under invented names, and slang
 replaces words of queries. Drift is a renaming of words on top of the clips' closed lists, so the truth stays known: a
@@ -46,10 +47,13 @@ FIRST_WEEK = 1_700_000_000.0  # when week 0 begins
 # What a searcher does with a document of each grade: opens and stays, or opens and leaves.
 CLICK = (0.01, 0.04, 0.3, 0.9)
 GLANCE = (0.02, 0.06, 0.1, 0.02)
+# How often the title of the clip that was watched says a thing of it that is meant, and one that is not.
+TITLE_SAYS, TITLE_SAYS_BESIDES = 0.8, 0.05
 GOES_ON = 0.95  # from one result to the next; half as likely after a click on what was wanted
 _PERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if grade == 3)
 _IMPERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if 0 < grade < 3)
 SUBJECTS = ("topic", "series", "category", "creator")
+TITLE_NAMES = ("kind", "language", "level", "audience")
 
 NEW_SERIES_FIRST = "neon quartz cobalt ivory granite tidal hazel lunar arctic velour maple onyx".split()
 SLANG = {
@@ -203,8 +207,19 @@ def _watched(rng: np.random.Generator, intent: Intent) -> Clip | None:
     for place in rng.permutation(len(rules)):
         clip = build_clip(rng, intent, rules[place], difficulty=0.0)
         if clip is not None:
-            return clip
+            return dataclasses.replace(clip, title=", ".join((clip.title, *_said_by_title(rng, clip, intent))))
     return None
+
+
+def _said_by_title(rng: np.random.Generator, clip: Clip, intent: Intent) -> Iterator[str]:
+    """What the title says of a clip that was opened with an intent; all of it is true."""
+    about = [Constraint(name, value) for name in TITLE_NAMES if (value := getattr(clip, name)) in values(name)]
+    about += [Constraint("feature", value) for value in clip.features or () if value in values("feature")]
+    meant = [constraint for constraint in intent.constraints if constraint.attribute not in SUBJECTS]
+    for constraint in dict.fromkeys((*meant, *about)):
+        says = rng.random() < (TITLE_SAYS if constraint in meant else TITLE_SAYS_BESIDES)
+        if says and judge(Intent((constraint,)), clip).grade == 3:
+            yield phrases(constraint)[0][1]
 
 
 def _random(rng: np.random.Generator, near: Clip | None) -> Clip:

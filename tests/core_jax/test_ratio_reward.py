@@ -212,6 +212,37 @@ def test_floor_and_clip_bound_the_off_query_term(typed, rewritten):
     assert most.reward[0] == pytest.approx(10 / 0.02)
 
 
+NAMES = ("c1", "c2", "n1", "n2", "r1", "r2")
+SIX = st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6)
+
+
+def beside(typed, rewritten, settings):
+    """Rewards of the query as typed and of one rewrite, which find the documents NAMES as listed."""
+    relevance = Table({("q", name): score for name, score in zip(NAMES, typed, strict=True)})
+    relevance.scores |= {("a", name): score for name, score in zip(NAMES, rewritten, strict=True)}
+    found = score_rewrites([session("s")], [[Rewrite("q", 1), Rewrite("a", 1)]], relevance, settings)
+    assert relevance.calls == 1
+    return found
+
+
+def test_beside_the_query_a_rewrite_is_worth_what_finerank_makes_of_it():
+    typed, rewritten = (0.4, 0.4, 0.5, 0.5, 0.3, 0.1), (0.44, 0.44, 0.02, 0.02, 0.3, 0.9)
+    found = beside(typed, rewritten, dataclasses.replace(OPEN, beside=1.5))
+    bounded = 0.4 * 0.46 / 0.42, 0.5 / 1.5, (0.3 + 0.1 * 1.5) / 2  # within c, at 1/c, at c
+    assert (found.s_pos[1], found.s_neg[1], found.s_rand[1]) == pytest.approx(bounded)
+    assert found.reward[1] == pytest.approx(bounded[0] ** 1.5 / bounded[1] * (bounded[0] / bounded[2]) ** 0.5)
+    assert (found.s_pos[0], found.s_neg[0], found.s_rand[0]) == pytest.approx((0.4, 0.5, 0.2))  # the query is itself
+    off = beside(typed, rewritten, dataclasses.replace(OPEN, beside=1.5, off_query=1.0))
+    assert off.s_off[1] == pytest.approx((0.7 * 0.3 + 0.9 * 0.1 * 1.5) / 1.6)
+
+
+@given(SIX, SIX, st.floats(1.0, 3.0), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_beside_the_query_no_rewrite_gains_or_loses_more_than_the_clips_allow(typed, rewritten, clip, gamma, alpha):
+    settings = dataclasses.replace(OPEN, beside=clip, gamma=gamma, alpha=alpha)
+    query, rewrite = beside(typed, rewritten, settings).value
+    assert abs(rewrite - query) <= (2 + gamma + 2 * alpha) * math.log(clip) + 1e-9
+
+
 def test_every_relevance_is_floored():
     relevance = Table(dict.fromkeys([("a", name) for name in ("c1", "c2", "n1", "n2", "r1", "r2")], 0.0))
     found = score_rewrites([session("s")], [[Rewrite("a", 1)]], relevance, RewardSettings(gamma=0.0))
@@ -227,7 +258,8 @@ def test_a_session_without_contrast_is_named(changes):
 @pytest.mark.parametrize(
     ("changes", "key"),
     [({"low": 10.0}, "low"), ({"floor": 0.0}, "floor"), ({"gamma": -1.0}, "gamma"), ({"form": "sum"}, "form"),
-     ({"length_scale": 0.0}, "length_scale"), ({"off_query": -1.0}, "off_query")],
+     ({"length_scale": 0.0}, "length_scale"), ({"off_query": -1.0}, "off_query"), ({"beside": 0.9}, "beside"),
+     ({"beside": -2.0}, "beside")],
 )  # fmt: skip
 def test_constants_that_make_no_reward_are_named(changes, key):
     assert list(check(RewardSettings(**changes))) == [key]
