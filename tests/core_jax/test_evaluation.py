@@ -67,7 +67,7 @@ def test_copying_the_title_is_seen(format, held_out, relevance):
     title = lambda context: f"watch {context.watched.title} again" if context.watched else context.query
     found = figures(evaluate(Says(format, title), held_out, relevance, RewardSettings()))
     assert found["copies_title"] == 1 and found["identity"] < 0.2
-    assert found["judge_gain"] < -0.2
+    assert found["judge_gain"] < -0.1
 
 
 def test_search_with_what_was_meant_gains_and_the_rest_is_not_searched(format, held_out, relevance):
