@@ -13,6 +13,7 @@ starting again continues. The last line is JSON.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def core_config(relevance: Path, start: Path, seed: int, smoke: bool) -> dict[st
     rewriter = {**config["rewriter"], **({} if smoke else {"source": str(start)})}
     changed = {"seed": seed, "relevance": str(relevance), "relevance_config": "", "weekly": {"weeks": 0}}
     return {**config, **changed, "rewriter": rewriter}
+
+
+def share_start(made: Path, wanted: Path) -> None:
+    """The supervised start sees no reward: made for one arm, it is the other's too, bit for bit."""
+    folder, copy = wanted / "stages" / "start", wanted / "stages" / "start.copy"
+    if made.exists() and not folder.exists():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(made / "stages" / "start", copy)
+        copy.replace(folder)
 
 
 def hacking(evaluated: Evaluated) -> dict[str, float]:
@@ -107,7 +117,9 @@ def main() -> None:
             columns = mode_balance.measured(after, before, frequency, None)
             exported = [(folder / "export").resolve() for folder in (relevance, start)]
             config = core_config(*exported, seed, parsed.smoke)
-            phases[name].append(rewriter_figures(config, parsed.workdir / f"rewriter_{name}" / f"seed{seed}"))
+            folders = [parsed.workdir / f"rewriter_{of}" / f"seed{seed}" for of in (next(iter(ARMS)), name)]
+            share_start(*folders)
+            phases[name].append(rewriter_figures(config, folders[1]))
             found[name].append({**columns, **phases[name][-1][-1]})
     rows = [[arm, *(studies.cell([s[key] for s in seeds]) for key in COLUMNS.values())] for arm, seeds in found.items()]
     pairs = list(zip(found["collapsed"], found["balanced"], strict=True))

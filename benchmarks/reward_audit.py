@@ -5,7 +5,8 @@
 
 Sessions of week 0 of the built-in world. Each query is said again as it was meant where it was misspelt; then one thing
 that was typed is left out, one thing that was meant is added, or one that the watched clip has and nobody meant, or all
-that was meant is said. Each change is priced twice: by the relevance model, and by the truth, which reads query and
+that its title says and, where no subject was typed, its subject (a guess, and about the best there is), or all that was
+meant is said. Each change is priced twice: by the relevance model, and by the truth, which reads query and
 document and grades as the rulebook does (.1 + .8 grade / 3, so that the clip seldom binds). A rewriter learns what the
 model's column says; where its sign is not the truth's, reward is hacked.
 
@@ -35,7 +36,7 @@ from core_jax.sessions import SUBJECTS, SimulatedSession, simulate
 from lm_jax.bootstrap import Figure, Resamples, interval
 
 ADDED = ("kind", "language", "level", "audience")  # what of the watched clip is added, though nobody meant it
-TYPED, MEANT = "as typed", "all that was meant"
+TYPED, MEANT, GUESS = "as typed", "all that was meant", "with what the watched title says, and a subject"
 
 
 class Truth:
@@ -70,6 +71,15 @@ def changes(truth: SimulatedSession, random: np.random.Generator) -> Iterator[tu
     for name in ADDED:
         if name not in known and (value := getattr(watched, name)) in values(name):
             yield said("with something of the watched clip that was not meant", [*typed, Constraint(name, value)])
+    told = [
+        constraint
+        for words in truth.session.context.watched.title.split(", ")[1:]
+        for constraint in read_query(words).constraints
+    ]
+    if not {one.attribute for one in typed} & {*SUBJECTS}:
+        told.insert(0, Constraint(name := "series" if watched.series else "topic", getattr(watched, name)))
+    if told := {one.attribute: one for one in told if one.attribute not in {each.attribute for each in typed}}:
+        yield said(GUESS, [*typed, *told.values()])
     yield said(MEANT, truth.intent.constraints)
 
 
@@ -115,6 +125,7 @@ def main() -> None:
         "--near", type=int, default=0, help="of four random documents, those on the watched clip's topic"
     )
     parser.add_argument("--off_query", type=float, default=0.0, help="the weight of the reward's off-query term")
+    parser.add_argument("--beside", type=float, default=0.0, help="the clip within which the reward reads a rewrite")
     parser.add_argument("--quick", action="store_true", help="60 sessions")
     args = parser.parse_args()
     count, like = 60 if args.quick else args.sessions, {"shown": 8, "random_documents": 4, "near_documents": args.near}
@@ -126,7 +137,7 @@ def main() -> None:
         relevance: Relevance = BM25Relevance(shown.document for each in sessions for shown in each.session.shown)
     else:
         relevance = DeployedRelevance(RelevanceModel.load(args.model))
-    settings = RewardSettings(off_query=args.off_query)
+    settings = RewardSettings(off_query=args.off_query, beside=args.beside)
     priced = {
         name: prices(sessions, texts, each, settings) for name, each in (("model", relevance), ("truth", Truth()))
     }

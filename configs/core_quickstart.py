@@ -50,10 +50,10 @@ def get_config() -> ConfigDict:
                 "mixture": {"typed_later": 1.0}, "steps": 1500, "rows": 8, "row_tokens": 256, "optimizer": "muon",
                 "learning_rate": 1e-3, "save_every": 500,
             },
-            "mpo": {"steps": 56, "rows": 8, "row_tokens": 256, "learning_rate": 2e-4, "save_every": 20},
+            "mpo": {"steps": 80, "rows": 8, "row_tokens": 256, "learning_rate": 2e-4, "save_every": 20},
             # Nine in ten of the rewrites to learn from have no more tokens than are free.
-            "reward": {"off_query": 1.0, "free_length": 12},
-            "phases": {"count": 4, "contexts": 400, "rewrites": 8, "k": 1, "query_pairs": 3, "rows": 48},
+            "reward": {"free_length": 12},
+            "phases": {"count": 4, "contexts": 800, "rewrites": 8, "k": 2, "rows": 48},
             "weekly": {
                 "weeks": 6, "sessions": 400, "held_out": 800, "searches": 60,
                 "incidents": {"week3": "title_copying", "week5": "corrupted_checkpoint"},
