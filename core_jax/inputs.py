@@ -186,7 +186,10 @@ def check_rows(settings: Settings, arm: str, longest_prompt: int, supervised: Ma
     answers = {"mpo": 2, "grpo": settings.grpo.group}[arm]
     needed = {arm: longest_prompt - 1 + answers * settings.rewriter.max_new_tokens}
     if supervised:
-        needed["supervised"] = max(len(g.branches[0].inputs) for groups in supervised.values() for g in groups)
+        longest = max(len(group.branches[0].inputs) for groups in supervised.values() for group in groups)
+        needed["supervised"] = longest
+        if arm == "mpo" and settings.mpo.rehearsal:
+            needed[arm] = max(needed[arm], longest)
     for name, tokens in needed.items():
         if tokens > (found := getattr(settings, name).row_tokens):
             raise ValueError(

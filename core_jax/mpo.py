@@ -15,11 +15,14 @@ form of InternVL's running mean: theirs counts the step at hand too). It is a nu
 restored and the same on every host.
 
 Rows: a pair is one group, the prompt its trunk, the two rewrites its branches, so the prompt is computed once. The
-chosen branch carries the pair's label slot, whose number in the row is that of the pair's group.
+chosen branch carries the pair's label slot, whose number in the row is that of the pair's group. Rows of people's
+rewrites may stand beside rows of pairs (`rehearsal_group`, ours): they count as chosen in L_SFT and nowhere else. What
+the reward does not pay for, such as how people write, pairs alone let a policy forget.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +94,15 @@ def pair_group(
         )
 
     return Group(prompt[:-1], [branch(chosen, CHOSEN), branch(rejected, REJECTED)])
+
+
+def rehearsal_group(example: Group, *, normalization: str) -> Group:
+    """A supervised example (`core_jax.inputs.example_groups`) as a group that L_SFT alone sees."""
+    (branch,) = example.branches
+    count = len(branch.targets)
+    weight = np.full(count, 1.0 if normalization == "tokens" else 1.0 / count)
+    chosen = np.full(count, CHOSEN, np.int32)
+    return Group(example.trunk, [dataclasses.replace(branch, segments=chosen, token_values={"sft_weight": weight})])
 
 
 def row_shape(row_tokens: int, shortest_prompt: int, max_new_tokens: int) -> RowShape:

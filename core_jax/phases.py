@@ -239,15 +239,28 @@ class Phase:
             self._reference.with_suffix(".tmp").replace(self._reference)
         return self._groups(collected.pairs, np.load(self._reference))
 
+    def _rehearsed(self) -> list[tuple[list[Group], float]]:
+        """People's rewrites beside the pairs, each source with its share of the rows."""
+        mpo_settings, mixture = self.settings.mpo, self.settings.supervised.mixture
+        if not mpo_settings.rehearsal:
+            return []
+        normalization = mpo_settings.normalization
+        return [
+            (
+                [mpo.rehearsal_group(group, normalization=normalization) for group in self.inputs.supervised[name]],
+                mpo_settings.rehearsal * share / sum(mixture.values()),
+            )
+            for name, share in mixture.items()
+        ]
+
     def train(self, parameters: Parameters, groups: Sequence[Group]) -> tuple[Parameters, int]:
         """The policy after `mpo.steps` steps on the pairs, and how many updates its train state counted."""
         settings = self.settings.mpo
         transformation = make_optimizer(self.inputs.shape, settings, settings.steps)
         parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them, the caller's stay
         parameters = adapted(parameters, settings, self.inputs, self.settings, self.seed)
-        dataset = batches.row_batches(
-            [(groups, 1.0)], self._shape, rows=settings.rows, branches_together=2, seed=self.seed
-        )
+        sources = [(groups, 1.0 - settings.rehearsal), *self._rehearsed()]
+        dataset = batches.row_batches(sources, self._shape, rows=settings.rows, branches_together=2, seed=self.seed)
         weights = dict(zip(mpo.TERMS, settings.weights, strict=True))
         state = fit(
             stage=self.name,

@@ -75,6 +75,7 @@ class MPOSettings(TrainSettings):
     weights: tuple[float, float, float] = (0.8, 0.2, 1.0)  # of DPO, BCO and SFT
     delta: str = "running"
     normalization: str = "tokens"
+    rehearsal: float = 0.0  # share of the rows that hold examples of supervised.mixture, for the SFT term alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +224,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"phases.margin: {settings.phases.margin} must be above 0")
     one_of("mpo.delta", settings.mpo.delta, DELTAS)
     one_of("mpo.normalization", settings.mpo.normalization, NORMALIZATIONS)
+    if not 0 <= settings.mpo.rehearsal < 1:
+        raise ValueError(f"mpo.rehearsal: {settings.mpo.rehearsal} is a share of the rows, at least 0 and below 1")
+    if settings.mpo.rehearsal and not settings.supervised.mixture:
+        raise ValueError("mpo.rehearsal: supervised.mixture names nothing to rehearse")
     if settings.mpo.beta <= 0:
         raise ValueError(f"mpo.beta: {settings.mpo.beta} must be above 0")
     if settings.arm == "grpo" and settings.sampler.url:

@@ -11,7 +11,7 @@ from core_jax import mpo
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.parameters import initialize
-from lm_jax.rows import plan_rows, render_row, stack
+from lm_jax.rows import Branch, Group, plan_rows, render_row, stack
 from lm_jax.token_loss import Outputs, combine
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "trl_dpo_1_16_0.json").read_text())
@@ -157,6 +157,33 @@ def test_normalizations_of_the_sft_term(parameters, normalization):
     lengths = np.array([len(chosen) for _, chosen, _ in pairs])
     expected = logprobs.sum() / lengths.sum() if normalization == "tokens" else (logprobs / lengths).mean()
     assert float(metrics["mpo/sft"]) == pytest.approx(-expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalization", mpo.NORMALIZATIONS)
+def test_rehearsed_rewrites_are_in_the_sft_term_alone(parameters, normalization):
+    pairs, examples = draw_pairs(5, seed=6), [(prompt, answer) for prompt, answer, _ in draw_pairs(4, seed=7)]
+    alone = batch_of(pairs, 3, 48, normalization)
+    groups = []
+    for prompt, answer in examples:
+        inputs, ones = np.concatenate([prompt, answer[:-1]]), {"explanation_weight": np.ones(len(answer))}
+        branch = Branch(inputs, answer, np.zeros(len(answer), np.int32), ones)
+        groups.append(mpo.rehearsal_group(Group(np.zeros(0, np.int32), [branch]), normalization=normalization))
+    shape = mpo.row_shape(48, 3, 5)
+    rows = [render_row(groups, row, shape) for row in plan_rows(groups, shape, branches_together=2, seed=0)]
+    both = {name: np.concatenate([values, stack(rows)[name]]) for name, values in alone.items()}
+    step = mpo.make_step(SHAPE, optax.sgd(0.1), beta=0.1, delta="none")
+    (_, before), (_, after) = (
+        step.gradients(parameters, mpo.with_delta(batch, jnp.float32(0.1)), ALL) for batch in (alone, both)
+    )
+    same = before.keys() - {"loss", "mpo/sft", "entropy"}
+    assert {"mpo/dpo", "mpo/bco", "logps/chosen", "rewards/accuracies"} <= same
+    for name in same:
+        assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-5), name
+    chosen = [(prompt, answer) for prompt, answer, _ in pairs] + examples
+    logprobs = np.array([one_by_one(parameters, *each) for each in chosen])
+    lengths = np.array([len(answer) for _, answer in chosen])
+    expected = logprobs.sum() / lengths.sum() if normalization == "tokens" else (logprobs / lengths).mean()
+    assert float(after["mpo/sft"]) == pytest.approx(-expected, rel=1e-5)
 
 
 def test_the_gradient_does_not_know_of_packing_and_micro_batches(parameters):

@@ -40,7 +40,8 @@ def run(relevance_folder):
     def start(workdir: pathlib.Path, *arguments: str, death: str = "never"):
         command = [sys.executable, REPOSITORY / "tests/core_jax/watched_run.py", workdir.with_suffix(".events"), death]
         command += [f"--config={REPOSITORY / 'configs/core_smoke.py'}", f"--workdir={workdir}"]
-        command += [f"--config.relevance={relevance_folder}", "--config.phases.query_pairs=1", *arguments]
+        command += [f"--config.relevance={relevance_folder}", "--config.phases.query_pairs=1"]
+        command += ["--config.mpo.rehearsal=0.25", *arguments]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=workdir.parent)
 

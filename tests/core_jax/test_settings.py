@@ -65,6 +65,7 @@ def test_every_arm_is_a_value_of_the_config(key, value):
         ("mpo.betta", 0.1, r"unknown config key mpo\.betta; did you mean mpo\.beta\?"),
         ("mpo.weights", [1, 0], r"mpo\.weights: .* expected"),
         ("mpo.beta", 0.0, r"mpo\.beta: 0\.0 must be above 0"),
+        ("mpo.rehearsal", 1.0, r"mpo\.rehearsal: 1\.0 is a share of the rows, at least 0 and below 1"),
         ("mpo.delta", "exact", r"mpo\.delta: 'exact' is unknown; it is one of none, running"),
         ("mpo.normalization", "words", r"mpo\.normalization: 'words' is unknown"),
         ("mpo.steps", 0, r"mpo\.steps: 0 must be at least 1"),
@@ -93,6 +94,11 @@ def test_what_is_wrong_is_named_with_what_is_right(key, value, message):
 def test_online_sampling_needs_no_server():
     with pytest.raises(ValueError, match=r"sampler\.url: online GRPO samples at every step"):
         read_settings(changed("sampler.url", "http://localhost:8000") | {"arm": "grpo"})
+
+
+def test_nothing_is_rehearsed_without_people_s_rewrites():
+    with pytest.raises(ValueError, match=r"mpo\.rehearsal: supervised\.mixture names nothing to rehearse"):
+        read_settings(changed("mpo.rehearsal", 0.2) | {"supervised": {"mixture": {}}})
 
 
 def test_without_weeks_their_incidents_are_left_out():
