@@ -4,7 +4,7 @@
   python -m benchmarks.gate_study --workdir=runs/gate_smoke --config=configs/core_smoke.py --quick
 
 Trains the rewriter of the config (by default the quickstart's) for one phase, so that the weeks have something left to
-gain, then redeploys weekly with drift, trained on 800 sessions and judged on 1,500 each. Every incident of
+gain, then redeploys weekly with drift, trained on 500 sessions and judged on 1,500 each. Every incident of
 `core_jax.incidents` is planted, two of them for two weeks, the other weeks are clean. Leaves weeks/report.html in the
 workdir, and with --output=FILE.md the study as a page with its picture beside it. Checked at the end: what was in
 production after each week is what the gate's decisions say, by the registry's log. Prints one line of JSON last.
@@ -54,7 +54,7 @@ def main() -> None:
     weeks = QUICK_WEEKS if args.quick else WEEKS
     planted = {f"week{week}": incident for week, incident in SCHEDULE.items() if week <= weeks}
     small = {"sessions": 12, "held_out": 300, "searches": 4}  # the gate judges nothing below 100 queries
-    full = {"sessions": 800, "held_out": 1500}
+    full = {"sessions": 500, "held_out": 1500}
     sizes = {"weeks": weeks, "incidents": planted, **(small if args.quick else full)}
     command = [sys.executable, "-m", "core_jax.main", f"--config={args.config}", f"--workdir={args.workdir}"]
     overrides = ["--config.phases.count=1", *(f"--config.weekly.{key}={value}" for key, value in sizes.items())]
