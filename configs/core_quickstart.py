@@ -16,11 +16,11 @@ about .95 at every stage; nDCG of the first 150 contexts, beside the query again
     phase 3   .633 [.59, .67]  .662 [.62, .70]  +.28 [+.17, +.37]  .740 [.72, .76]  +.212 [.17, .26]
     phase 4   .628 [.59, .67]  .662 [.62, .70]  +.29 [+.18, +.38]  .732 [.71, .75]  +.199 [.16, .24]
 
-The judge gives the query as typed .650. Paired with the start, phase 4 improves .034 +- .031 more, log r .10 +- .07, nDCG
-.021 +- .030; the judge is at -.015 +- .016. Without rehearsal, and else the same, it was at -.048 +- .017, and the rest no
-better: pairs alone let the rewriter forget words that were typed, for which this relevance model charges nothing. The
-share of rehearsal was set before any run. docs/studies/reward_audit.md has the other arms, on one phase and these same
-held-out contexts.
+The judge gives the query as typed .650. Paired with the start, phase 4 improves .034 +- .031 more, log r .10 +- .07,
+nDCG .021 +- .030; the judge is at -.015 +- .016. Without rehearsal, and else the same, it was at -.048 +- .017, and
+the rest no better: pairs alone let the rewriter forget words that were typed, for which this relevance model charges
+nothing. The share of rehearsal was set before any run. docs/studies/reward_audit.md has the other arms, on one phase
+and these same held-out contexts.
 """
 
 from ml_collections import ConfigDict, FieldReference
