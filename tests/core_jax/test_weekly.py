@@ -15,6 +15,7 @@ from core_jax.gate import GATE, GATES
 from core_jax.incidents import INCIDENTS, LengthBiased
 from core_jax.recipe import Recipe
 from core_jax.registry import MOVES, Registry, golden_self_test
+from core_jax.rewrite_format import RewriteFormat
 from core_jax.rewriter import Rewriter
 from core_jax.search.rewrite_store import RewriteStore, SQLite
 from core_jax.settings import read_settings
@@ -24,6 +25,15 @@ from lm_jax.weights import read_weights
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 INCIDENT_WEEKS = {"week2": "constant_rewrite", "week3": "corrupted_checkpoint"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_drawn_counts_as_ended():
+    """A rewriter of a few steps never ends what it says, and then there would be nothing to store."""
+    read = RewriteFormat.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewriteFormat, "read", lambda self, ids: dataclasses.replace(read(self, ids), truncated=False))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +127,11 @@ def test_the_store_holds_rewrites_of_the_version_in_production_only(workdir, wee
     found = [store.read(context.key, production).text for context in contexts]
     assert found == [rewrite.text if rewrite.usable else None for rewrite in rewrites] and any(found)
     assert (workdir / KEY).stat().st_mode & 0o777 == 0o600
+
+
+def test_what_was_cut_off_or_says_nothing_is_not_stored():
+    of = Evaluated(["q"] * 4, ["a", "b", "", ""], {"truncated": np.array([1.0, 0.0, 0.0, 1.0])})
+    assert weekly._usable(of) == [None, "b", None, None]
 
 
 def test_pages_say_what_was_decided_and_how_to_go_back(workdir, weeks):
