@@ -123,7 +123,8 @@ def test_phases_cost_what_they_say(uninterrupted):
 
 def test_every_step_is_logged_once_under_the_names_of_trl(uninterrupted):
     found = records(uninterrupted)
-    steps = [(stage, step) for stage in STAGES for step in range(STEPS)]
+    counts = {stage: 12 if stage == "start" else STEPS for stage in STAGES}  # fewer, and no rewrite would end
+    steps = [(stage, step) for stage in STAGES for step in range(counts[stage])]
     assert [(r["stage"], r["step"]) for r in found if not r["stage"].endswith(".collect")] == steps
     assert [r["stage"] for r in found if r["stage"].endswith(".collect")] == ["phase1.collect", "phase2.collect"]
     trl = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "delta"}
