@@ -48,10 +48,10 @@ def core_config(relevance: Path, start: Path, seed: int, smoke: bool) -> dict[st
 
 def share_start(made: Path, wanted: Path) -> None:
     """The supervised start sees no reward: made for one arm, it is the other's too, bit for bit."""
-    folder, copy = wanted / "stages" / "start", wanted / "stages" / "start.copy"
-    if made.exists() and not folder.exists():
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(made / "stages" / "start", copy)
+    start, folder, copy = made / "stages" / "start", wanted / "stages" / "start", wanted / "stages" / "start.copy"
+    if (start / "done.json").exists() and not folder.exists():
+        shutil.rmtree(copy, ignore_errors=True)  # what a kill left
+        shutil.copytree(start, copy)
         copy.replace(folder)
 
 

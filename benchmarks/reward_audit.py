@@ -32,10 +32,9 @@ from afrl_jax.data.clips_rules import Constraint, Intent, judge
 from afrl_jax.scoring import RelevanceModel
 from core_jax.ratio_reward import RewardSettings, Rewrite, score_rewrites
 from core_jax.relevance import BM25Relevance, DeployedRelevance, Pair, Relevance
-from core_jax.sessions import SUBJECTS, SimulatedSession, simulate
+from core_jax.sessions import SUBJECTS, TITLE_NAMES, SimulatedSession, simulate
 from lm_jax.bootstrap import Figure, Resamples, interval
 
-ADDED = ("kind", "language", "level", "audience")  # what of the watched clip is added, though nobody meant it
 TYPED, MEANT, GUESS = "as typed", "all that was meant", "with what the watched title says, and a subject"
 
 
@@ -68,7 +67,7 @@ def changes(truth: SimulatedSession, random: np.random.Generator) -> Iterator[tu
             yield said(f"with {_kind(added)} that was meant", [*typed, added])
     watched = read_document(truth.session.context.watched)
     known = {one.attribute for one in (*typed, *truth.intent.constraints)}
-    for name in ADDED:
+    for name in TITLE_NAMES:
         if name not in known and (value := getattr(watched, name)) in values(name):
             yield said("with something of the watched clip that was not meant", [*typed, Constraint(name, value)])
     told = [
@@ -76,10 +75,12 @@ def changes(truth: SimulatedSession, random: np.random.Generator) -> Iterator[tu
         for words in truth.session.context.watched.title.split(", ")[1:]
         for constraint in read_query(words).constraints
     ]
-    if not {one.attribute for one in typed} & {*SUBJECTS}:
-        told.insert(0, Constraint(name := "series" if watched.series else "topic", getattr(watched, name)))
-    if told := {one.attribute: one for one in told if one.attribute not in {each.attribute for each in typed}}:
-        yield said(GUESS, [*typed, *told.values()])
+    attributes = {one.attribute for one in typed}
+    if not attributes & {*SUBJECTS}:
+        told.append(Constraint("series", watched.series) if watched.series else Constraint("topic", watched.topic))
+    guessed = {one.attribute: one for one in told if one.attribute not in attributes}  # of two features one
+    if guessed:
+        yield said(GUESS, [*typed, *guessed.values()])
     yield said(MEANT, truth.intent.constraints)
 
 

@@ -3,11 +3,11 @@
     python -m core_jax.main --config=configs/core_quickstart.py --workdir=runs/core
 
 The deployed relevance model is the AFRL quickstart's export, made first where runs/quickstart/export is absent; the
-rewriter starts from its weights. On one core with AVX2, another run on the other, the start took 556 s and a phase two
-to three minutes; an earlier form, with half the contexts, 173 s and 31 s on 2 cores with AVX-512. Measured with seed 0
-and --config.evaluation.searches=150, the relevance model that of seed 0 (macro-F1 .76), on 556 contexts of the
-following week that nothing was trained on, 95% intervals; "if said": of those rewrites that do not repeat the query,
-about .95 at every stage; nDCG of the first 150 contexts, beside the query against the query alone:
+rewriter starts from its weights. On one core with AVX2, another run on the other, the start took 556 s and a phase 91
+to 156 s; an earlier form, with half the contexts, 173 s and 31 s on 2 cores with AVX-512. Measured with seed 0 and
+--config.evaluation.searches=150, the relevance model that of seed 0 (macro-F1 .76), on 556 contexts of the following
+week that nothing was trained on, 95% intervals; "if said": of those rewrites that do not repeat the query, about .95
+at every stage; nDCG of the first 150 contexts, beside the query against the query alone:
 
     after     improves           if said            log r gained        judge              nDCG gained
     start     .594 [.55, .64]  .623 [.58, .67]  +.19 [+.08, +.29]  .747 [.73, .77]  +.178 [.14, .22]
@@ -19,8 +19,8 @@ about .95 at every stage; nDCG of the first 150 contexts, beside the query again
 The judge gives the query as typed .650. Paired with the start, phase 4 improves .034 +- .031 more, log r .10 +- .07,
 nDCG .021 +- .030; the judge is at -.015 +- .016. Without rehearsal, and else the same, it was at -.048 +- .017, and
 the rest no better: pairs alone let the rewriter forget words that were typed, for which this relevance model charges
-nothing. The share of rehearsal was set before any run. docs/studies/reward_audit.md has the other arms, on one phase
-and these same held-out contexts.
+nothing. The share of rehearsal was set once, before it was tried. docs/studies/reward_audit.md has the other arms, on
+one phase and these same held-out contexts.
 """
 
 from ml_collections import ConfigDict, FieldReference

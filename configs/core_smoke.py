@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 "held_out": {**clips, "split": "dev", "week": 1, "sessions": 12},
             },
             "rewrites": {"typed_later": {**clips, "split": "train", "week": 0, "start": 24, "sessions": 100}},
+            # With fewer steps no rewrite that is drawn would end.
             "supervised": {"mixture": {"typed_later": 1.0}, **small, "steps": 12, "learning_rate": 2e-2},
             "mpo": small,
             "grpo": {"rows": 2, "row_tokens": 192, "group": 4, "learning_rate": 1e-3, "save_every": 2},

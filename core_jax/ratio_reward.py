@@ -19,9 +19,9 @@ A finerank that also bounds that ratio gains less, and loses less by a wrong gue
 stands everywhere in the place of rel(q', d): the rewrite beside the query as `core_jax.search.fusion` consumes it, with
 that file's epsilon. So what drops a word that was typed, or guesses wrongly, loses a factor c of S_pos at most.
 
-With off_query = 0: halving every rel leaves r unchanged iff gamma = 0; adding a small constant to every rel lowers r
-iff (1 + gamma + alpha) / S_pos < 1 / S_neg + alpha / S_rand; a rewrite that lifts all documents alike gains through
-gamma alone. S_neg -> 0 cannot pass the clip.
+With beside = off_query = 0: halving every rel leaves r unchanged iff gamma = 0; adding a small constant to every rel
+lowers r iff (1 + gamma + alpha) / S_pos < 1 / S_neg + alpha / S_rand; a rewrite that lifts all documents alike gains
+through gamma alone. S_neg -> 0 cannot pass the clip.
 
 The off-query term is ours. Clicked and skipped results alike meet the words typed, and most random documents miss even
 the subject: nothing else here charges a rewrite for dropping what was typed, while what it adds is a guess, so a policy
@@ -30,8 +30,8 @@ keeps out. It sees what is dropped only where some random documents are near the
 inside which there would be less to gain for what is added; the floor alone bounds it.
 
 Arms: `form` "difference" has the value S_pos - S_neg + log h; alpha = 0 drops S_rand; gamma = 0 the level;
-off_query = 0 the off-query term, then S_off is S_rand. A proxy is another
-`Relevance`, such as `core_jax.relevance.BM25Relevance`. The true intent of a searcher is nowhere here.
+off_query = 0 the off-query term, then S_off is S_rand; with beside = 0 as well the query as typed is not asked. A proxy
+is another `Relevance`, such as `core_jax.relevance.BM25Relevance`. The true intent of a searcher is nowhere here.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def score_rewrites(
         asked.append((typed, [ask(each.text, documents) if each.usable else None for each in texts]))
     found = relevance(pairs) if pairs else np.zeros(0)
     levels = []
+    finerank = Fusion(clip=settings.beside) if settings.beside else None
     for session, (typed, places) in zip(sessions, asked, strict=True):
         of_query = found[typed]
         excluded = 1 - of_query[-len(session.random) :] if settings.off_query else of_query[:0]
@@ -146,8 +147,8 @@ def score_rewrites(
                 levels.append(np.full(4, settings.floor))
                 continue
             rel = found[place]
-            if settings.beside:
-                rel = of_query * Fusion(clip=settings.beside).factor(of_query, rel)
+            if finerank:
+                rel = of_query * finerank.factor(of_query, rel)
             levels.append(weights @ np.maximum(rel, settings.floor))
     return rewards_of(np.reshape(levels, (-1, 4)), [each for texts in rewrites for each in texts], settings)
 

@@ -53,7 +53,7 @@ GOES_ON = 0.95  # from one result to the next; half as likely after a click on w
 _PERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if grade == 3)
 _IMPERFECT = tuple(rule for rule, grade in GRADE_OF_RULE.items() if 0 < grade < 3)
 SUBJECTS = ("topic", "series", "category", "creator")
-TITLE_NAMES = ("kind", "language", "level", "audience")
+TITLE_NAMES = ("kind", "language", "level", "audience")  # what of a clip a title may say besides, and features
 
 NEW_SERIES_FIRST = "neon quartz cobalt ivory granite tidal hazel lunar arctic velour maple onyx".split()
 SLANG = {
