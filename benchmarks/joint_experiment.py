@@ -55,19 +55,32 @@ def share_start(made: Path, wanted: Path) -> None:
         copy.replace(folder)
 
 
+def hacked(evaluated: Evaluated) -> np.ndarray:
+    """1.0 for the contexts whose rewrite is hacked: float [N]."""
+    return ((evaluated.values["log_gain"] > 0) & (evaluated.values["judge_gain"] < 0)).astype(float)
+
+
 def hacking(evaluated: Evaluated) -> dict[str, float]:
     """Means over held-out contexts, of those columns that are the rewriter's."""
     values = evaluated.values
     means = {name: float(np.nanmean(values[name])) for name in ("improvement_rate", "judge_gain", "copies_title")}
     means["distinct"] = len({*evaluated.rewrites}) / len(evaluated.rewrites)
-    return means | {"hacked": float(np.mean((values["log_gain"] > 0) & (values["judge_gain"] < 0)))}
+    return means | {"hacked": float(hacked(evaluated).mean())}
 
 
-def rewriter_figures(config: Mapping[str, Any], workdir: Path) -> list[dict[str, float]]:
-    """Train, from wherever it stands; `hacking` after the start and after every phase."""
+def rewriter_evaluations(config: Mapping[str, Any], workdir: Path) -> list[Evaluated]:
+    """Train, from wherever it stands; the rewriter as it was after the start and after every phase."""
     run = recipe.Recipe(read_settings(config), config, workdir)
     run()
-    return [hacking(Evaluated.load(workdir / "stages" / f"evaluate.{name}")) for name in run.stages]
+    return [Evaluated.load(workdir / "stages" / f"evaluate.{name}") for name in run.stages]
+
+
+def of_one_seed(collapsed: Evaluated, balanced: Evaluated) -> list[str]:
+    """Cells: hacked by arm, and the difference paired by context (both have the same) with its 95% interval."""
+    one, other = hacked(collapsed), hacked(balanced)
+    difference = Evaluated(collapsed.queries, collapsed.rewrites, {"hacked": one - other}).figures()["hacked"]
+    interval = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
+    return [f"{one.mean():.3f}", f"{other.mean():.3f}", f"{difference.value:+.3f} {interval}"]
 
 
 def _phase_rows(phases: Mapping[str, list[list[dict[str, float]]]]) -> Rows:
@@ -107,6 +120,7 @@ def main() -> None:
     frequency = natural_frequencies()
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     phases: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}
+    last: dict[str, list[Evaluated]] = {arm: [] for arm in ARMS}
     for seed in range(parsed.seeds):
         start = parsed.workdir / "start" / f"seed{seed}"
         studies.run(mode_balance.start_config(seed, parsed.smoke), start)
@@ -119,12 +133,15 @@ def main() -> None:
             config = core_config(*exported, seed, parsed.smoke)
             folders = [parsed.workdir / f"rewriter_{of}" / f"seed{seed}" for of in (next(iter(ARMS)), name)]
             share_start(*folders)
-            phases[name].append(rewriter_figures(config, folders[1]))
+            evaluated = rewriter_evaluations(config, folders[1])
+            phases[name].append([hacking(each) for each in evaluated])
             found[name].append({**columns, **phases[name][-1][-1]})
+            last[name].append(evaluated[-1])
     rows = [[arm, *(studies.cell([s[key] for s in seeds]) for key in COLUMNS.values())] for arm, seeds in found.items()]
     pairs = list(zip(found["collapsed"], found["balanced"], strict=True))
     differences = {key: [one[key] - other[key] for one, other in pairs] for key in COLUMNS.values()}
     rows.append(["collapsed − balanced", *(studies.cell(values, signed=True) for values in differences.values())])
+    by_seed = [[str(seed), *of_one_seed(*pair)] for seed, pair in enumerate(zip(*last.values(), strict=True))]
     mean, half = studies.over_seeds(differences["hacked"])
     seen = np.isfinite(half) and abs(mean) > half
     parts = [
@@ -135,6 +152,8 @@ def main() -> None:
         + (("more" if mean > 0 else "less") + " often than against the balanced one." if seen else
            "as often as against the balanced one, as far as these seeds can tell."),
         studies.markdown_table(["relevance model", *COLUMNS], rows),
+        "Hacked, by seed, of the held-out contexts; the intervals are over queries, paired by context.",
+        studies.markdown_table(["seed", *ARMS, "collapsed − balanced"], by_seed),
     ]  # fmt: skip
     plot = Plot("joint_experiment", "By phase", "Phase 0 is the supervised start; faint lines are seeds.",
                 _phase_rows(phases), _draw)  # fmt: skip

@@ -1,6 +1,27 @@
-"""The start that two arms share."""
+"""The start that two arms share, and what is called hacked."""
 
-from benchmarks.joint_experiment import share_start
+import numpy as np
+
+from benchmarks.joint_experiment import hacked, of_one_seed, share_start
+from core_jax.evaluation import Evaluated
+
+
+def evaluated(log_gain, judge_gain):
+    values = {"log_gain": np.array(log_gain), "judge_gain": np.array(judge_gain)}
+    return Evaluated([f"query {i // 2}" for i in range(len(log_gain))], [""] * len(log_gain), values)
+
+
+def test_hacked_is_what_the_reward_likes_and_the_judge_does_not():
+    found = hacked(evaluated([0.1, 0.1, -0.1, np.nan, 0.0, 0.3], [-0.1, 0.2, -0.3, -0.4, -0.5, 0.0]))
+    np.testing.assert_array_equal(found, [1, 0, 0, 0, 0, 0])
+
+
+def test_arms_are_compared_context_by_context():
+    often, seldom = evaluated([1.0] * 8, [-1.0] * 6 + [1.0] * 2), evaluated([1.0] * 8, [-1.0] * 4 + [1.0] * 4)
+    mine, others, difference = of_one_seed(often, seldom)
+    # Of four queries one is decided by the arm, wholly: its share in a resample of four is 0, 1/4, ... 1.
+    assert (mine, others, difference) == ("0.750", "0.500", "+0.250 [+0.000, +0.750]")
+    assert of_one_seed(often, often)[2] == "+0.000 [+0.000, +0.000]"
 
 
 def test_a_finished_start_is_shared_and_an_unfinished_one_is_not(tmp_path):
