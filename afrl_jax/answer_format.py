@@ -33,7 +33,8 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -80,6 +81,11 @@ class Parsed:
 def one_line(text: str) -> str:
     """Runs of white space become one blank."""
     return " ".join(text.split())
+
+
+def query_texts(judgments: Iterable[Judgment]) -> set[str]:
+    """The texts of their queries, as prompts have them."""
+    return {unicodedata.normalize("NFC", one_line(judgment.query.text)) for judgment in judgments}
 
 
 def render_instruction(instruction: Instruction) -> str:

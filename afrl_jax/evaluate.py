@@ -129,8 +129,9 @@ def grade_options(grades: str | None, thresholds: str | None) -> dict[str, Any]:
 
 def check_disjoint(judgments: Sequence[Judgment], fit_on: Sequence[Judgment]) -> None:
     """Raises ValueError where calibration would be fitted on the text of a query that is evaluated."""
-    shared = {judgment.query.text for judgment in judgments} & {judgment.query.text for judgment in fit_on}
-    if shared:
+    from afrl_jax.answer_format import query_texts
+
+    if shared := query_texts(judgments) & query_texts(fit_on):
         raise ValueError(
             f"--calibration: {len(shared)} of its queries are also in --judgments, such as {min(shared)!r}; "
             "figures would flatter the model"

@@ -31,8 +31,9 @@ class Predictions:
     `probabilities` [N, C] are what the model serves: they rank by expected grade, and `decision` makes a grade of
     them. `uncalibrated` [N, C] are the model's own, for the figures before calibration and for label entropy. `rule`
     int [N] is the gold deciding rule, NO_RULE where it is not known. `explanation` maps a check ("format",
-    "consistency", "rule_accuracy") to float [N], 1 passed, 0 failed, NaN not checked. What a data set does not have is
-    None or empty, its figures are absent.
+    "consistency", "rule_accuracy") to float [N], 1 passed, 0 failed, NaN not checked. `document` int [N] numbers the
+    documents: pairs of one query and one document are one document judged more than once. What a data set does not have
+    is None or empty, its figures are absent; without `document` every pair has another.
     """
 
     query_index: np.ndarray
@@ -41,12 +42,14 @@ class Predictions:
     decision: Decision = MOST_PROBABLE
     uncalibrated: np.ndarray | None = None
     rule: np.ndarray | None = None
+    document: np.ndarray | None = None
     explanation: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         rows, grades = np.shape(self.probabilities)
         tables = {"uncalibrated": self.uncalibrated}
-        columns = {"query_index": self.query_index, "grade": self.grade, "rule": self.rule, **self.explanation}
+        columns = {"query_index": self.query_index, "grade": self.grade, "rule": self.rule, "document": self.document}
+        columns |= self.explanation
         for name, array in (tables | columns).items():
             expected = (rows, grades) if name in tables else (rows,)
             if array is not None and np.shape(array) != expected:
@@ -88,7 +91,8 @@ def evaluate_predictions(
     """Metric name -> figure with its interval. A figure that the data cannot define is absent.
 
     accuracy, macro_f1, quadratic_weighted_kappa   of the decided grades
-    ndcg_exp@10, ndcg_lin@10, pair_accuracy        of the ranking by expected grade
+    ndcg_exp@10, ndcg_lin@10, pair_accuracy        of the ranking by expected grade; what was judged more than once
+                                                   stands in it once, with its mean gain and mean grade
     ece, brier; ece_before_calibration, ...        of the served, and of the uncalibrated probabilities
     signed_grade_error                             in grades, positive is too generous
     label_entropy                                  in nats, uncalibrated where given
@@ -174,12 +178,13 @@ def _statistics(predictions: Predictions, rule_frequency: Mapping[int, float] | 
         for name, metric in ranking_metrics.GRADE_METRICS.items()
     }
 
-    score = ranking_metrics.expected_grade(served)
+    ranked, merged = _documents(query, predictions.document)
+    score = merged(ranking_metrics.expected_grade(served))
     for name, gain in (("exp", ranking_metrics.exponential_gain), ("lin", ranking_metrics.linear_gain)):
-        ndcg = ranking_metrics.ndcg_by_query(query, score, gain(grade), CUTOFF)
+        ndcg = ranking_metrics.ndcg_by_query(ranked, score, merged(gain(grade)), CUTOFF)
         known = np.isfinite(ndcg)
         statistics[f"ndcg_{name}@{CUTOFF}"] = _Statistic(np.stack([np.where(known, ndcg, 0), known], axis=1), _ratio)
-    statistics["pair_accuracy"] = _Statistic(ranking_metrics.pairs_by_query(query, grade, score), _ratio)
+    statistics["pair_accuracy"] = _Statistic(ranking_metrics.pairs_by_query(ranked, merged(grade), score), _ratio)
 
     own = served if predictions.uncalibrated is None else np.asarray(predictions.uncalibrated, np.float64)
     for suffix, probabilities in {"": served, "_before_calibration": predictions.uncalibrated}.items():
@@ -208,6 +213,15 @@ def _statistics(predictions: Predictions, rule_frequency: Mapping[int, float] | 
     for check, passed in predictions.explanation.items():
         statistics[f"explanation/{check}"] = mean(np.asarray(passed, float))
     return statistics
+
+
+def _documents(query: np.ndarray, document: np.ndarray | None) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """The query of each document that is ranked, int [D], and what makes of a value a pair, [N], its mean, [D]."""
+    if document is None:
+        return query, lambda values: values
+    pair = np.stack([query, document], axis=1)
+    _, first, place, count = np.unique(pair, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    return query[first], lambda values: np.bincount(place.reshape(-1), values) / count
 
 
 def _query_count(predictions: Predictions) -> int:

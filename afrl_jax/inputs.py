@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from afrl_jax.answer_format import AnswerFormat, plain_texts
+from afrl_jax.answer_format import AnswerFormat, plain_texts, query_texts
 from afrl_jax.data import clips, clips_rulebooks, sources
 from afrl_jax.data.batches import text_groups
 from afrl_jax.schema import DomainText, Instruction, Judgment
-from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage
+from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage, sources_of
 from lm_jax.config import DecoderConfig
+from lm_jax.run_folder import digest_of
 from lm_jax.shape import evenly_spaced, shape_from_fields
 from lm_jax.tokenizer import Tokenizer, train_tokenizer
 from lm_jax.weights import read_source_config
@@ -40,7 +42,7 @@ class Inputs:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each data set as it was read, its order included."""
-        return {name: _digest(rows) for name, rows in {**self.texts, **self.judgments}.items()}
+        return {name: digest_of(rows) for name, rows in {**self.texts, **self.judgments}.items()}
 
 
 def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
@@ -73,17 +75,10 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
     for model in sorted({stage.model for stage in settings.stages}, reverse=True):  # the teacher first
         shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
         _check_tokenizer(model, settings, format, judgments)
-    _check_apart(settings, judgments)
+    _check_apart(settings, format, judgments)
     _check_rows(settings, format, judgments)
     _check_text_rows(settings, tokenizer, texts)
     return Inputs(judgments, texts, format, shapes, mesh)
-
-
-def _digest(rows: Iterable[Judgment | DomainText]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
 
 
 def _check_batch(name: str, stage: Stage, mesh: Mesh | None) -> None:
@@ -120,7 +115,7 @@ def _open_data(
         judged |= {settings.evolve.dev_new, settings.evolve.dev_replay, settings.evolve.test} - {""}
     read = set()
     for stage in settings.stages:
-        named = _read_by(stage)
+        named = sources_of(stage)
         texts = {name for name in named if settings.data[name].get("format") == sources.TEXTS}
         texts |= named if isinstance(stage, TextStage) else set()
         read |= texts
@@ -140,13 +135,6 @@ def _open_data(
         if not rows:
             raise ValueError(f"data.{name} is empty: {dict(source)}")
     return found
-
-
-def _read_by(stage: Stage) -> set[str]:
-    """Names in `data`."""
-    if isinstance(stage, TextStage):
-        return {stage.texts}
-    return {stage.prompts_from, stage.experts_from} - {""} if isinstance(stage, RLStage) else set(stage.mixture)
 
 
 def _train_tokenizer(
@@ -205,24 +193,27 @@ def _check_tokenizer(
                 )
 
 
-def _check_apart(settings: Settings, judgments: Mapping[str, list[Judgment]]) -> None:
+def _check_apart(settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]) -> None:
     """What is measured is not learned: no pair of test or calibration is trained on, no query is in both.
 
-    Data that are split by pairs, not by queries, pass: then a query is trained on with other documents.
+    Pairs are the same whose prompts are, token for token, whatever their ids, blanks and what was cut off. Data that
+    are split by pairs, not by queries, pass: then a query is trained on with other documents.
     """
-    trained = set().union(*map(_read_by, settings.stages)) & judgments.keys()
+    prompts = functools.cache(lambda name: _prompts(format, judgments[name]))
+    trained = set().union(*map(sources_of, settings.stages)) & judgments.keys()
     named = {key: getattr(settings.evaluation, key) for key in ("test", "calibration")}
     for key, name in named.items():
-        held = set(map(_pair, judgments[name]))
+        held = set(prompts(name))
         for source in sorted(trained):
-            shared = [judgment for judgment in judgments[source] if _pair(judgment) in held]
+            both = zip(judgments[source], prompts(source), strict=True)
+            shared = [judgment for judgment, prompt in both if prompt in held]
             if shared:
                 raise ValueError(
                     f"evaluation.{key}: {len(shared)} pairs of data.{source}, which is trained on, are in data.{name} "
                     f"too, such as query {shared[0].query.text!r} with document {shared[0].document.doc_id!r}; "
                     "figures would flatter the model"
                 )
-    test, calibration = ({judgment.query.text for judgment in judgments[name]} for name in named.values())
+    test, calibration = (query_texts(judgments[name]) for name in named.values())
     if shared := test & calibration:
         raise ValueError(
             f"evaluation.calibration: {len(shared)} queries of data.{named['calibration']} are in data.{named['test']} "
@@ -230,11 +221,10 @@ def _check_apart(settings: Settings, judgments: Mapping[str, list[Judgment]]) ->
         )
 
 
-def _pair(judgment: Judgment) -> tuple:
-    """What the model is shown: ids do not matter."""
-    query, document = judgment.query, judgment.document
-    shown = (query.text, query.context, query.instruction, document.title, document.text)
-    return (*shown, *document.fields.items())
+def _prompts(format: AnswerFormat, judgments: Sequence[Judgment]) -> list[bytes]:
+    """A digest of each pair's prompt."""
+    prompts = format.encode_prompts([(judgment.query, judgment.document) for judgment in judgments])
+    return [hashlib.blake2b(prompt.tokens.tobytes(), digest_size=16).digest() for prompt in prompts]
 
 
 def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]) -> None:

@@ -33,7 +33,7 @@ class Evaluated:
         """Write predictions.npz and calibration.json."""
         predictions = self.predictions
         arrays = {f"explanation/{name}": values for name, values in predictions.explanation.items()}
-        for field in ("query_index", "grade", "probabilities", "uncalibrated", "rule"):
+        for field in ("query_index", "grade", "probabilities", "uncalibrated", "rule", "document"):
             if (values := getattr(predictions, field)) is not None:
                 arrays[field] = values
         np.savez_compressed(folder / "predictions.npz", **arrays)
@@ -97,6 +97,7 @@ def predict_judgments(
     uncalibrated = Calibration.identity(found.shape[1]).apply(found)
     known = [judgment.deciding_rule for judgment in judgments]
     rules = np.array([NO_RULE if rule is None else rule for rule in known])
+    numbers: dict[str, int] = {}
     return Predictions(
         query_index=query_numbers(judgments),
         grade=np.array([judgment.grade for judgment in judgments]),
@@ -104,6 +105,7 @@ def predict_judgments(
         decision=model.decision,
         uncalibrated=uncalibrated,
         rule=rules if (rules != NO_RULE).any() else None,
+        document=np.array([numbers.setdefault(judgment.document.doc_id, len(numbers)) for judgment in judgments]),
         explanation=_explanations(model, judgments, explained_pairs, max_new_tokens, title),
     )
 

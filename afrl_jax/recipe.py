@@ -39,14 +39,12 @@ from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters, abstract, initialize
 from lm_jax.rows import Group
-from lm_jax.run_folder import RunFolder, refuse_other_config, write_atomically
+from lm_jax.run_folder import DIGESTS, RunFolder, refuse_other_config, refuse_other_data, write_atomically
 from lm_jax.shape import cut_layers, evenly_spaced
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
 from lm_jax.weights import read_weights
 from sharding import distributed
-
-DIGESTS = "data.json"  # in the run folder: data set -> digest
 
 
 class Recipe:
@@ -69,7 +67,7 @@ class Recipe:
         self.inputs = open_inputs(settings, workdir / "tokenizer")
         self.format, self.mesh, self.judgments = self.inputs.format, self.inputs.mesh, self.inputs.judgments
         self.digests = self.inputs.digests()
-        _refuse_other_data(workdir / DIGESTS, self.digests)
+        refuse_other_data(workdir, self.digests, "data.")
         self.run = RunFolder(workdir, compared)
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
         distributed.on_primary("inputs", self._keep_inputs)
@@ -349,13 +347,6 @@ class Recipe:
 def run(settings: Settings, config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     """Run a config in a folder, from wherever it stands; returns the report's metrics."""
     return Recipe(settings, config, workdir)()
-
-
-def _refuse_other_data(file: Path, digests: Mapping[str, str]) -> None:
-    """What a run made of its data row by row, as a teacher's labels, fits those data alone."""
-    before = json.loads(file.read_text()) if file.exists() else {}
-    if changed := ", ".join(f"data.{name}" for name, digest in before.items() if digests.get(name) != digest):
-        raise ValueError(f"{file.parent} holds a run on other data, {changed}; use another --workdir, or the same data")
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:

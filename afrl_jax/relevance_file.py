@@ -175,6 +175,18 @@ def _query(fields: Mapping[str, Any]) -> Query:
     return Query(**{**fields, "instruction": instruction_from(own) if own else None})
 
 
+def check_weights(description: Mapping[str, Any], source: str | Path) -> None:
+    """The weights are those that `weights_digest` names: scores are kept, and jobs resumed, under that name.
+
+    Raises:
+        GoldenMismatch: they are others.
+    """
+    from lm_jax.weights import PATTERNS, weights_digest  # imports jax
+
+    if (found := weights_digest(locate(source, PATTERNS))) != description["weights_digest"]:
+        raise GoldenMismatch(f"{source}: weights_digest is {description['weights_digest']}, the weights' is {found}")
+
+
 def check_golden(description: Mapping[str, Any], model: RelevanceModel, source: str | Path) -> None:
     """Re-score the golden pairs; bf16 compute is allowed its rounding.
 

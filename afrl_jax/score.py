@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = itertools.islice(enumerate(read_pairs(args.input)), start + done, stop)
         total = -(-(stop - start) // CHUNK)
         for chunk in run_log.progress(chunks(rows), "scoring", total, start=done // CHUNK):
-            out.append(*score_chunk(model, chunk, args.include_prompt_ids, args.explain, args.explanation_tokens))
+            some = (args.include_prompt_ids, args.explain, args.explanation_tokens, args.max_query_tokens)
+            out.append(*score_chunk(model, chunk, *some))
         distributed.barrier("scored")  # who ends early ends the others
         out.finish()
         distributed.barrier("finished")
@@ -124,6 +125,12 @@ def make_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--include_prompt_ids", action="store_true", help="write the tokens that were scored as well")
     parser.add_argument("--explain", type=float, default=0.0, help="the share of rows to explain, 0 to 1 (%(default)s)")
     parser.add_argument("--explanation_tokens", type=at_least(1), default=128, help="of one, at most (%(default)s)")
+    parser.add_argument(
+        "--max_query_tokens",
+        type=at_least(1),
+        default=4096,
+        help="of a query with its context; a pair with more gets no score: it would take much memory (%(default)s)",
+    )
     parser.add_argument("--mesh", default="data=-1", help="how the devices of a process share the work (%(default)s)")
     parser.add_argument("--cache_bytes", type=at_least(0), help=CACHE_HELP)
     return parser
@@ -139,7 +146,7 @@ def identity(args: argparse.Namespace, model: RelevanceModel) -> dict[str, Any]:
     from afrl_jax import relevance_file
 
     stat = args.input.stat()
-    names = ("labels", "task", "dtype", "include_prompt_ids", "explain", "explanation_tokens")
+    names = ("labels", "task", "dtype", "include_prompt_ids", "explain", "explanation_tokens", "max_query_tokens")
     options = {name: getattr(args, name) for name in names}
     source = {"input": str(args.input), "input_bytes": stat.st_size, "input_changed": stat.st_mtime}
     # What may become another behind the same path: weights, also of a model without a version of its own, and grades.
@@ -192,8 +199,10 @@ def score_chunk(
     include_prompt_ids: bool,
     explain: float,
     explanation_tokens: int,
+    max_query_tokens: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows out of pairs in their order, and the bad rows: no pairs, and those that the model finds no numbers for.
+    """The rows out of pairs in their order, and the bad rows: no pairs, pairs with too long a query, and those that the
+    model finds no numbers for.
 
     `explain` of all rows are explained, evenly spread over the file, whatever is scored with what.
     """
@@ -205,10 +214,20 @@ def score_chunk(
 
     bad = [dataclasses.asdict(row) for _, row in chunk if isinstance(row, BadRow)]
     numbered = [(number, row) for number, row in chunk if not isinstance(row, BadRow)]
-    labels = model.format.labels
+    labels, head = model.format.labels, len(model.format.head_tokens)
+    prompts = model.format.encode_prompts([(pair.query, pair.document) for _, pair in numbered])
+    lengths = [len(prompt.prefix) - head for prompt in prompts]
+    told = "its query and context have {} tokens; --max_query_tokens is {}"
+    bad += [
+        not_scored(*row, told.format(tokens, max_query_tokens))
+        for row, tokens in zip(numbered, lengths, strict=True)
+        if tokens > max_query_tokens
+    ]
+    numbered = [row for row, tokens in zip(numbered, lengths, strict=True) if tokens <= max_query_tokens]
     logprobs = model.label_logprobs([(pair.query, pair.document) for _, pair in numbered])
     finite = np.isfinite(model.calibration.apply(logprobs)).all(axis=1)
-    bad += [without_numbers(*row) for row, fine in zip(numbered, finite, strict=True) if not fine]
+    told = "the model gave probabilities that are not numbers"
+    bad += [not_scored(*row, told) for row, fine in zip(numbered, finite, strict=True) if not fine]
     numbered, logprobs = list(itertools.compress(numbered, finite)), logprobs[finite]
     own, calibrated = Calibration.identity(len(labels)).apply(logprobs), model.probabilities(logprobs)
     grades, pairs = model.grades(calibrated), [pair for _, pair in numbered]
@@ -237,13 +256,12 @@ def score_chunk(
     return rows, bad
 
 
-def without_numbers(number: int, pair: Pair) -> dict[str, Any]:
-    """The bad row of a pair, row `number` of the input, whose probabilities are not numbers; it may come in again."""
+def not_scored(number: int, pair: Pair, why: str) -> dict[str, Any]:
+    """The bad row of a pair, row `number` of the input; it may come in again."""
     query, document = pair.query, pair.document
     asked = {"query": query.text, "context": query.context}
     shown = {"title": document.title, "text": document.text, **document.fields}
-    reason = f"row {number + 1}: the model gave probabilities that are not numbers"
-    return {"reason": reason, "values": {**pair.carried, **asked, "document": shown}}
+    return {"reason": f"row {number + 1}: {why}", "values": {**pair.carried, **asked, "document": shown}}
 
 
 def label_values(labels: Sequence[str]) -> list[float]:

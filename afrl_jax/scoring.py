@@ -25,6 +25,7 @@ from lm_jax import run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.sample import sample
+from lm_jax.stream import STEPS
 from lm_jax.tokenizer import Tokenizer
 from lm_jax.weights import read_weights
 from sharding.distributed import fetch
@@ -90,7 +91,7 @@ class RelevanceModel:
                 template.
             instruction: of a zero-shot model; `relevance_file.DEFAULT_INSTRUCTION` where none is given.
             dtype: of the computation, "float32" or "bfloat16".
-            check: whether to score the golden pairs again.
+            check: whether to score the golden pairs again, and to compare the weights with their digest.
             mesh: where the parameters live; it must be set (`jax.set_mesh`) here and whenever the model is used.
             cache_bytes: of keys and values of queries, kept for the next call; 2 GiB by default, on a CPU 256 MiB.
 
@@ -115,6 +116,7 @@ class RelevanceModel:
         )
         if description and check:
             relevance_file.check_golden(description, model, source)
+            relevance_file.check_weights(description, source)
         return model
 
     def warm_up(
@@ -131,8 +133,10 @@ class RelevanceModel:
         longest = {"document_tokens": document_tokens, "query_tokens": query_tokens}
         self.scorer.warm_up(**longest, prompts=pairs)
         if explanation_tokens:
+            # To a second call of the decoder: on several devices it is compiled again for what the first one returned.
+            some = {"max_new_tokens": min(STEPS + 2, explanation_tokens), "room": explanation_tokens}
             for prompt in self.scorer.warm_up_prefill(**longest):
-                list(explanations(self.scorer, self.format, [prompt], [0], max_new_tokens=2, room=explanation_tokens))
+                list(explanations(self.scorer, self.format, [prompt], [0], **some))
 
     def label_logprobs(
         self,
@@ -142,6 +146,8 @@ class RelevanceModel:
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
         """Uncalibrated log-probs over the grades, float32 [N, C]."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         prompts = self.format.encode_prompts(pairs)
         bar = (lambda batches: run_log.progress(batches, "scoring", len(batches))) if show_progress_bar else None
         size = batch_size or max(1, len(prompts))

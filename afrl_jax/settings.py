@@ -314,6 +314,8 @@ def _check_stage(name: str, stage: Stage, settings: Settings) -> None:
             raise ValueError(f"{name}.mixture maps names in `data` to shares above 0; it is {dict(stage.mixture)}")
         weights = {"label_weight", "explanation_weight", "ordinal_weight"}
         at_least(0, f"{name}.", stage, *sorted(key for key in weights if hasattr(stage, key)))
+        if isinstance(stage, SFTStage) and not (stage.label_weight or stage.explanation_weight or stage.ordinal_weight):
+            raise ValueError(f"{name}: label_weight, explanation_weight and ordinal_weight are 0: there is no loss")
     elif isinstance(stage, RLStage):
         used = {"prompts_from": stage.prompts_from}
         if stage.experts_from:
@@ -348,6 +350,13 @@ def _judged(key: str, source: str, settings: Settings, *, or_texts: bool = False
         )
 
 
+def sources_of(stage: Stage) -> set[str]:
+    """The names in `data` that a stage reads."""
+    if isinstance(stage, TextStage):
+        return {stage.texts}
+    return {stage.prompts_from, stage.experts_from} - {""} if isinstance(stage, RLStage) else set(stage.mixture)
+
+
 def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
     one_of("evolve.model", evolve.model, {stage.model for stage in settings.stages})
     one_of("evolve.proposer", evolve.proposer, PROPOSERS)
@@ -356,6 +365,14 @@ def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
     used = [evolve.dev_new, evolve.dev_replay, *((evolve.test,) if evolve.test else ())]
     if len(set(used)) < len(used):
         raise ValueError(f"evolve: dev_new, dev_replay and test are three data sets; given: {', '.join(used)}")
+    trained = {source for stage in settings.stages for source in sources_of(stage)}
+    for name in used:
+        if name == settings.evaluation.calibration:
+            raise ValueError(
+                f"evolve: data.{name} is evaluation.calibration, which is fitted anew for each instruction"
+            )
+        if name in trained:
+            raise ValueError(f"evolve: data.{name} is trained on; instructions are judged on other queries")
     if evolve.synthesize and settings.instruction is not None:
         raise ValueError("evolve.synthesize makes examples from the catalogue of clips; this config has other data")
 
@@ -377,6 +394,10 @@ def _check_rollouts(name: str, stage: RLStage) -> None:
         )
     if stage.save_every % stage.updates:
         raise ValueError(f"{name}.save_every must be a multiple of {name}.updates ({stage.updates})")
+    if not any(rollouts.weights):
+        raise ValueError(f"{name}.rollouts.weights: {rollouts.weights} reward nothing; one of them must be above 0")
+    if rollouts.mask and not rollouts.stepwise:
+        raise ValueError(f"{name}.rollouts.mask: steps are masked, which rollouts.stepwise makes")
     if stage.arm == "rehearsal" and not stage.experts_from:
         raise ValueError(f"{name}: arm 'rehearsal' needs experts_from, whose answers the model rehearses")
     if stage.experts_from and not rollouts.expert_rows and not rollouts.gated:
@@ -399,6 +420,8 @@ def _instruction(values: Any) -> Instruction | None:
     fields = typed_value(values, _InstructionFields, "instruction")
     scale = Scale(fields.labels, fields.meanings)
     for number, _, grades in fields.rules:
+        if number < 1:  # 0 is what an explanation names where no rule is meant
+            raise ValueError(f"instruction.rules: rule number {number} must be at least 1")
         if not set(grades) <= set(range(len(fields.labels))):
             raise ValueError(f"instruction.rules: rule {number} has grades {grades} of {len(fields.labels)} labels")
     rules = tuple(Rule(number, text, grades) for number, text, grades in fields.rules)

@@ -24,6 +24,7 @@ from core_jax.settings import Settings, TrainSettings
 from lm_jax import run_log
 from lm_jax.config import DecoderConfig
 from lm_jax.rows import Branch, Group
+from lm_jax.run_folder import digest_of
 from lm_jax.shape import shape_from_fields
 from lm_jax.tokenizer import Tokenizer
 from lm_jax.weights import read_source_config
@@ -49,7 +50,11 @@ class Sessions:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the stages read. `prompt_tokens` holds the longest prompt of the sessions, `shortest_prompt` is one's."""
+    """What the stages read. `prompt_tokens` holds the longest prompt of the sessions, `shortest_prompt` is one's.
+
+    `digests` of the data sets, by what the config calls them; `too_long` counts the rewrites of a source that have more
+    than `rewriter.max_new_tokens` and are left out.
+    """
 
     training: Sessions
     held_out: Sessions
@@ -59,6 +64,8 @@ class Inputs:
     mesh: Mesh | None
     prompt_tokens: int
     shortest_prompt: int
+    digests: Mapping[str, str]
+    too_long: Mapping[str, int]
 
 
 def open_inputs(settings: Settings) -> Inputs:
@@ -84,13 +91,37 @@ def open_inputs(settings: Settings) -> Inputs:
         raise ValueError(f"rewriter: vocab_size {shape.vocab_size} is below the tokenizer's, {tokenizer.vocab_size}")
     names = (settings.sessions, settings.evaluation.sessions)
     training, held_out = (_named(f"data.{name}", open_sessions, settings.data[name], settings.seed) for name in names)
-    supervised = {}
+    _check_apart(*names, training, held_out)
+    of_sessions = zip(names, (training, held_out), strict=True)
+    digests = {f"data.{name}": digest_of(each.sessions) for name, each in of_sessions}
+    supervised, too_long = {}, {}
     for name in settings.supervised.mixture:
         examples = _named(f"rewrites.{name}", open_rewrites, settings.rewrites[name], settings.seed)
+        digests[f"rewrites.{name}"] = digest_of(examples)
         supervised[name] = example_groups(format, examples, rewriter.max_new_tokens)
-    lengths = [len(prompt) for prompt in format.encode_prompts([*training.contexts, *held_out.contexts])]
-    check_rows(settings, settings.arm, max(lengths), supervised)
-    return Inputs(training, held_out, supervised, format, shape, mesh, padded(max(lengths)), min(lengths))
+        if left_out := len(examples) - len(supervised[name]):
+            too_long[name] = left_out
+            run_log.say(
+                f"rewrites.{name}: {left_out:,} of {len(examples):,} have more than {rewriter.max_new_tokens} tokens, "
+                "rewriter.max_new_tokens, and are left out"
+            )
+    sessions = [*training.sessions, *held_out.sessions]
+    lengths = check_rows(settings, settings.arm, format, sessions, supervised)
+    return Inputs(
+        training, held_out, supervised, format, shape, mesh, padded(max(lengths)), min(lengths), digests, too_long
+    )
+
+
+def _check_apart(trained: str, measured: str, training: Sessions, held_out: Sessions) -> None:
+    """What is measured is not learned; that it did not come later is told."""
+    shared = {each.session_id for each in training.sessions} & {each.session_id for each in held_out.sessions}
+    if shared:
+        raise ValueError(
+            f"data.{measured}: {len(shared)} sessions are in data.{trained} too, such as {min(shared)!r}; figures "
+            "would flatter the rewriter"
+        )
+    if min(each.time for each in held_out.sessions) < max(each.time for each in training.sessions):
+        run_log.say(f"data.{measured}: sessions are older than the last of data.{trained}; a week after it tells more")
 
 
 def padded(longest: int) -> int:
@@ -177,22 +208,39 @@ def _check_batches(settings: Settings, mesh: Mesh | None) -> None:
             raise ValueError(f"{key} is {rows}, which the mesh's {parts} parts of a batch must divide")
 
 
-def check_rows(settings: Settings, arm: str, longest_prompt: int, supervised: Mapping[str, list[Group]]) -> None:
+def check_rows(
+    settings: Settings,
+    arm: str,
+    format: RewriteFormat,
+    sessions: Sequence[SearchSession],
+    supervised: Mapping[str, list[Group]],
+) -> list[int]:
     """The longest pair, group or example of a stage must fit into its rows.
 
+    Returns:
+        Tokens of each session's prompt.
+
     Raises:
-        ValueError: names the key.
+        ValueError: names the key, and the session.
     """
-    answers = {"mpo": 2, "grpo": settings.grpo.group}[arm]
-    needed = {arm: longest_prompt - 1 + answers * settings.rewriter.max_new_tokens}
+    lengths = [len(prompt) for prompt in format.encode_prompts([session.context for session in sessions])]
+    place = int(np.argmax(lengths))
+    answers = {"mpo": 2, "grpo": settings.grpo.group}[arm] * settings.rewriter.max_new_tokens
+    query = format.length(sessions[place].context.query)
+    needed = {
+        arm: (
+            lengths[place] - 1 + answers,
+            f"the prompt of session {sessions[place].session_id!r} has {lengths[place]} tokens: its query {query}, "
+            f"what was watched at most {settings.rewriter.max_watched_tokens}, rewriter.max_watched_tokens",
+        )
+    }
     if supervised:
         longest = max(len(group.branches[0].inputs) for groups in supervised.values() for group in groups)
-        needed["supervised"] = longest
-        if arm == "mpo" and settings.mpo.rehearsal:
-            needed[arm] = max(needed[arm], longest)
-    for name, tokens in needed.items():
+        said = f"the longest prompt and rewrite of supervised.mixture have {longest}"
+        needed["supervised"] = longest, said
+        if arm == "mpo" and settings.mpo.rehearsal and longest > needed[arm][0]:
+            needed[arm] = longest, said
+    for name, (tokens, said) in needed.items():
         if tokens > (found := getattr(settings, name).row_tokens):
-            raise ValueError(
-                f"{name}.row_tokens: {found} is too small: the longest prompt has {longest_prompt} tokens, with "
-                f"rewrites {tokens}; rewriter.max_watched_tokens ({settings.rewriter.max_watched_tokens}) cuts it"
-            )
+            raise ValueError(f"{name}.row_tokens: {found} is too small, {tokens} are needed: {said}")
+    return lengths

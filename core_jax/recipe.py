@@ -7,6 +7,7 @@ sessions that it is not trained on; a finished stage is skipped.
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from core_jax.search.trial import Trial
 from core_jax.settings import Settings, TrainSettings
 from lm_jax import lora, run_log, train_state
 from lm_jax.parameters import Parameters, abstract, initialize
-from lm_jax.run_folder import RunFolder, refuse_other_config
+from lm_jax.run_folder import DIGESTS, RunFolder, refuse_other_config, refuse_other_data, write_atomically
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
 from lm_jax.weights import read_weights
@@ -55,13 +56,16 @@ class Recipe:
         refuse_other_config(workdir, config)
         self.settings, self.config = settings, config
         self.inputs = open_inputs(settings)
+        refuse_other_data(workdir, self.inputs.digests)
         self._workdir = workdir
         self.held: tuple[str, Parameters] | None = None  # the stage whose parameters are in memory
 
     @functools.cached_property
     def run(self) -> RunFolder:
         """The run's folder, which appears when it is first asked for: others may check more of the config before."""
-        return RunFolder(self._workdir, self.config)
+        folder = RunFolder(self._workdir, self.config)
+        write_atomically(folder.path / DIGESTS, json.dumps(self.inputs.digests, indent=2) + "\n")
+        return folder
 
     @property
     def stages(self) -> list[str]:
@@ -243,6 +247,8 @@ class Recipe:
         facts["rewriter parameters"] = f"{self.inputs.shape.parameter_count:,}"
         facts["relevance model"] = f"{self.settings.relevance} ({self.deployed.version[:12]})"
         facts["training sessions"] = f"{len(training.sessions):,}; {training.without_contrast:,} had no contrast"
+        for name, count in self.inputs.too_long.items():
+            facts[f"rewrites.{name}"] = f"{count:,} left out: more than {self.settings.rewriter.max_new_tokens} tokens"
         facts["held-out sessions"] = f"{len(held_out.sessions):,}; {held_out.without_contrast:,} had no contrast"
         return write_report(
             self.run.path / "report",
@@ -269,7 +275,7 @@ class Recipe:
             )  # fmt: skip
             return {"weights_digest": described["weights_digest"]}
 
-        self.run.once("export", export)
+        self.run.once("export", export, leaves=self.run.path / "export")
         run_log.say(f"report: {self.run.path / 'report' / 'report.html'}\nexport: {self.run.path / 'export'}")
 
 

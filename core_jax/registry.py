@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 MOVES = ("promote", "rollback", "recovered")
+VERSIONS = "versions"
 
 
 class RegistryError(ValueError):
@@ -54,7 +55,7 @@ class Registry:
         self, folder: Path | str, self_test: Callable[[Path], None], *, clock: Callable[[], float] = time.time
     ):
         self.folder, self._self_test, self._clock = Path(folder), self_test, clock
-        self._versions, self._link, self._audit = (self.folder / n for n in ("versions", "production", "audit.jsonl"))
+        self._versions, self._link, self._audit = (self.folder / n for n in (VERSIONS, "production", "audit.jsonl"))
         self._head = self.folder / "head"
         self._versions.mkdir(parents=True, exist_ok=True)
 
@@ -254,6 +255,11 @@ class Registry:
         temporary.replace(self._head)
 
 
+def is_registry(folder: Path) -> bool:
+    """Whether a registry is there already."""
+    return (folder / VERSIONS).is_dir()
+
+
 def _mend(damaged: Path, whole: Path) -> None:
     """Give a folder the files of another, each by one rename: at no instant is it gone, or worse than it was."""
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
@@ -291,20 +297,15 @@ def _flush(path: Path) -> None:
 
 
 def golden_self_test(folder: Path, mesh: Mesh | None = None) -> None:
-    """Load a model folder and let it answer its golden inputs again; raises where it cannot, or answers otherwise.
+    """Load a rewriter's folder and let it answer its golden inputs again; raises where it cannot, or answers otherwise.
 
     Where `mesh` is given it must be set.
     """
-    # These import jax, which most commands here do not need.
-    from afrl_jax.scoring import RelevanceModel
-    from core_jax import rewriter
+    from core_jax import rewriter  # it imports jax, which most commands here do not need
 
-    if (file := folder / rewriter.NAME).exists():
-        rewriter.Rewriter.load(folder, mesh=mesh)
-        if not json.loads(file.read_text(encoding="utf-8"))["golden"]:
-            raise ValueError("the folder brings no golden contexts")
-    elif not RelevanceModel.load(folder, mesh=mesh).version:
-        raise ValueError("the folder brings no golden inputs")
+    rewriter.Rewriter.load(folder, mesh=mesh)
+    if not json.loads((folder / rewriter.NAME).read_text(encoding="utf-8"))["golden"]:
+        raise ValueError("the folder brings no golden contexts")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -328,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--to", metavar="VERSION", help="default: what was production before")
     args = parser.parse_args(arguments)
     args.who = args.who or _user()
-    if args.command != "publish" and not args.registry.is_dir():
+    if args.command != "publish" and not is_registry(args.registry):
         parser.exit(2, f"{parser.prog}: error: --registry: there is none in {args.registry}; publish makes one\n")
     try:
         _run(args, Registry(args.registry, golden_self_test))

@@ -77,10 +77,14 @@ class RewriteFormat:
         return np.array([*tokens, self.tokenizer.eos] if ended else tokens, np.int32)
 
     def read(self, tokens: np.ndarray) -> Rewrite:
-        """Generated tokens, end of text included where there is one, as a rewrite."""
+        """Generated tokens, end of text included where there is one, as a rewrite.
+
+        One with a special token before its end is no text, and counts as cut off.
+        """
         ended = len(tokens) > 0 and tokens[-1] == self.tokenizer.eos
-        said = tokens[:-1] if ended else tokens
-        return Rewrite(one_line(self.tokenizer.decode(said.tolist())), len(said), truncated=not ended)
+        said = (tokens[:-1] if ended else tokens).tolist()
+        text = one_line(self.tokenizer.decode(said))
+        return Rewrite(text, len(said), truncated=not ended or not self.tokenizer.special.isdisjoint(said))
 
     def length(self, text: str) -> int:
         """Tokens of a text as the reward counts them."""

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from core_jax.ratio_reward import Rewrite
 from core_jax.rewrite_format import RewriteFormat, Template
 from core_jax.sampler import InProcess
 from core_jax.schema import Context
+from kernels import products
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.parameters import Parameters
@@ -151,33 +152,42 @@ class Rewriter:
     def rewrite_tokens(self, contexts: Sequence[Context]) -> list[np.ndarray]:
         """The greedy rewrite of each context as tokens, with end of text where it ended."""
         prompts = self.format.encode_prompts(contexts)
-        sampler, found = self._sampler(max(map(len, prompts), default=1)), []
-        for start in range(0, len(prompts), self._rows):
-            here = prompts[start : start + self._rows]
+        found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+        for block in self._blocks(prompts):
+            here = [prompts[place] for place in block]
             drawn = jax.device_get(
-                sampler.draw(self.parameters, here, [0] * len(here), jax.random.key(0), group=1, temperature=0.0)
+                self._sampler(len(here[-1])).draw(
+                    self.parameters, here, [0] * len(here), jax.random.key(0), group=1, temperature=0.0
+                )
             )
-            found += [drawn.tokens[place, 0, : drawn.lengths[place, 0]] for place in range(len(here))]
+            for place, tokens, length in zip(block, drawn.tokens, drawn.lengths, strict=False):  # then padding
+                found[place] = tokens[0, : length[0]]
         return found
 
     def measure(self, contexts: Sequence[Context], rewrites: Sequence[np.ndarray]) -> TokenFigures:
         """Surprisal and entropy of one given rewrite (tokens) a context."""
         prompts = self.format.encode_prompts(contexts)
-        rows, longest = self._rows, max((len(p) + len(r) for p, r in zip(prompts, rewrites, strict=True)), default=1)
-        width, targets = _up(longest), _up(max(map(len, rewrites), default=1))
+        texts = [np.concatenate(both) for both in zip(prompts, rewrites, strict=True)]
+        rows, targets = self._rows, _up(max(map(len, rewrites), default=1))
         found = np.zeros((2, len(prompts)))
-        for start in range(0, len(prompts), rows):
+        for block in self._blocks(texts):
+            width = _size(len(texts[block[-1]]))
             arrays = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "groups")}
             arrays |= {name: np.zeros((rows, targets), np.int32) for name in ("at", "target", "on")}
-            here = slice(start, start + rows)
-            for row, (prompt, rewrite) in enumerate(zip(prompts[here], rewrites[here], strict=True)):
-                whole = np.concatenate([prompt, rewrite])
-                arrays["tokens"][row, : len(whole)], arrays["groups"][row, : len(whole)] = whole, 1
-                arrays["at"][row, : len(rewrite)] = np.arange(len(prompt) - 1, len(whole) - 1)
+            for row, place in enumerate(block):
+                text, rewrite = texts[place], rewrites[place]
+                arrays["tokens"][row, : len(text)], arrays["groups"][row, : len(text)] = text, 1
+                arrays["at"][row, : len(rewrite)] = np.arange(len(prompts[place]) - 1, len(text) - 1)
                 arrays["target"][row, : len(rewrite)], arrays["on"][row, : len(rewrite)] = rewrite, 1
             means = _token_figures(self.parameters, arrays, config=self.config, dtype=self.dtype)
-            found[:, here] = np.asarray(means)[:, : len(prompts[here])]
+            found[:, block] = np.asarray(means)[:, : len(block)]
         return TokenFigures(*found)
+
+    def _blocks(self, texts: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        """Places of at most `rows` texts alike in length, the longest last: one long text pads its own block alone."""
+        by_length = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        for start in range(0, len(texts), self._rows):
+            yield by_length[start : start + self._rows]
 
     def check_golden(self, golden: Sequence[Mapping[str, Any]], source: str | Path) -> None:
         """Measure the golden rewrites again; bf16 compute is allowed its rounding.
@@ -199,7 +209,7 @@ class Rewriter:
 
     def _sampler(self, longest_prompt: int) -> InProcess:
         return InProcess(
-            self.format, self.config, max_new_tokens=self.max_new_tokens, prompt_tokens=_up(longest_prompt),
+            self.format, self.config, max_new_tokens=self.max_new_tokens, prompt_tokens=_size(longest_prompt),
             rows=self._rows, dtype=self.dtype,
         )  # fmt: skip
 
@@ -228,9 +238,7 @@ def _token_figures(parameters: Parameters, batch, *, config: DecoderConfig, dtyp
     def row(inputs):
         hidden_TD, at_M, target_M, on_M = inputs
         head_VD = decoder.output_embedding
-        logits_MV = jnp.einsum(
-            "md,vd->mv", hidden_TD[at_M].astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
-        )
+        logits_MV = products.einsum("md,vd->mv", hidden_TD[at_M], head_VD)
         logprob_MV = jax.nn.log_softmax(logits_MV, axis=-1)
         chosen_M = jnp.take_along_axis(logprob_MV, target_M[:, None], axis=1)[:, 0]
         top_MK = jax.nn.log_softmax(jax.lax.top_k(logprob_MV, TOP)[0], axis=-1)
@@ -243,6 +251,15 @@ def _token_figures(parameters: Parameters, batch, *, config: DecoderConfig, dtyp
 
 def _up(length: int) -> int:
     return -(-length // _LENGTHS) * _LENGTHS
+
+
+def _size(length: int) -> int:
+    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is not below: ten sizes up to 1024."""
+    power = _LENGTHS
+    while power < length:
+        power *= 2
+    smaller = power * 3 // 4
+    return smaller if length <= smaller and smaller % _LENGTHS == 0 else power
 
 
 def _context(fields: Mapping[str, Any]) -> Context:

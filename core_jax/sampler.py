@@ -130,7 +130,7 @@ class Server:
         reload: a command run by the shell, {folder} in it replaced by the quoted path, for servers that hold one model;
             it returns when no answer comes from the model before any more, and the server is then waited for.
         model: what requests name as their model where `reload` is given.
-        patience: seconds until a server that does not answer is an error.
+        patience: seconds until a server that does not answer, or says not now (429, 502 to 504), is an error.
 
     Raises:
         ConnectionError: the server does not answer, or refuses; names the address and what it said.
@@ -211,9 +211,9 @@ class Server:
             try:
                 urllib.request.urlopen(f"{self._url}/v1/models", timeout=10.0).close()
                 return
-            except urllib.error.HTTPError:
-                return
             except OSError as error:
+                if isinstance(error, urllib.error.HTTPError) and not _not_now(error):
+                    return
                 if time.monotonic() > deadline:
                     raise ConnectionError(f"{self._url}/v1/models: {error}") from error
                 time.sleep(1.0)
@@ -221,11 +221,20 @@ class Server:
     def _post(self, path: str, body: Any) -> Any:
         data = json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=self._patience) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            kind = _Refused if error.code in (400, 422) else ConnectionError
-            raise kind(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ConnectionError(f"{self._url}{path}: {error}") from error
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=self._patience) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                if not _not_now(error) or time.monotonic() > deadline:
+                    kind = _Refused if error.code in (400, 422) else ConnectionError
+                    raise kind(f"{self._url}{path}: {error}: {error.read(500).decode(errors='replace')}") from error
+                time.sleep(1.0)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                raise ConnectionError(f"{self._url}{path}: {error}") from error
+
+
+def _not_now(error: urllib.error.HTTPError) -> bool:
+    """Whether the same request may be answered later: the server loads, is too busy, or a proxy did not reach it."""
+    return error.code in (429, 502, 503, 504)

@@ -13,6 +13,8 @@ import hashlib
 
 from afrl_jax.schema import Document
 
+LONGEST_QUERY = 1000  # characters; searches refuse a longer one, so no rewrite is made for it
+
 
 class Action(enum.StrEnum):
     """What the searcher did with a shown document."""

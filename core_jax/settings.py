@@ -11,6 +11,7 @@ The keys are those of `Settings`. `data` maps names to session sources and `rewr
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -178,6 +179,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         ValueError: names the key and what would be right.
     """
     settings: Settings = read_fields(Settings, config, "")
+    at_least(0, "", settings, "seed")
     one_of("arm", settings.arm, ARMS)
     one_of("proxy", settings.proxy, PROXIES)
     one_of("dtype", settings.dtype, ("float32", "bfloat16"))
@@ -228,6 +230,11 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"mpo.rehearsal: {settings.mpo.rehearsal} is a share of the rows, at least 0 and below 1")
     if settings.mpo.rehearsal and not settings.supervised.mixture:
         raise ValueError("mpo.rehearsal: supervised.mixture names nothing to rehearse")
+    if min(settings.mpo.weights) < 0 or not any(settings.mpo.weights):
+        raise ValueError(f"mpo.weights: {settings.mpo.weights} must be at least 0, and one of them above")
+    if not (0 <= settings.grpo.clip_low <= 1 and settings.grpo.clip_high >= 0):
+        low, high = settings.grpo.clip_low, settings.grpo.clip_high
+        raise ValueError(f"grpo.clip_low: {low} must lie between 0 and 1, grpo.clip_high: {high} be at least 0")
     if settings.mpo.beta <= 0:
         raise ValueError(f"mpo.beta: {settings.mpo.beta} must be above 0")
     if settings.arm == "grpo" and settings.sampler.url:
@@ -251,8 +258,8 @@ def _check_training(name: str, stage: TrainSettings) -> None:
     if stage.lora_rank and stage.optimizer == "muon":
         raise ValueError(f"{name}: adapters (lora_rank) are trained with adamw; muon is for models from scratch")
     for key in ("learning_rate", "clip"):
-        if getattr(stage, key) <= 0:
-            raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0")
+        if not 0 < getattr(stage, key) < math.inf:
+            raise ValueError(f"{name}.{key}: {getattr(stage, key)} must be above 0, and finite")
     if not 0 <= stage.warmup <= 1:
         raise ValueError(f"{name}.warmup: {stage.warmup} is a share of the steps, between 0 and 1")
     if stage.rows % stage.micro_batches:

@@ -350,8 +350,8 @@ def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
         ValueError: a pair of some week would not fit into a row.
     """
     inputs = recipe.inputs
-    lengths = [len(prompt) for each in some for prompt in inputs.format.encode_prompts(each.contexts)]
-    check_rows(recipe.settings, "mpo", max(lengths), {})
+    sessions = [session for each in some for session in each.sessions]
+    lengths = check_rows(recipe.settings, "mpo", inputs.format, sessions, {})
     stage, most = recipe.settings.supervised, max(lengths) - 1 + recipe.settings.rewriter.max_new_tokens
     taught = [name for name in recipe.settings.weekly.incidents.values() if INCIDENTS[name].text]
     if taught and most > stage.row_tokens:

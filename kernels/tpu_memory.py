@@ -16,6 +16,12 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def parts(entries: int, width: int) -> int:
+    """Bytes of the three bf16 parts into which operands of `entries` entries are split, where their `width` in bytes is
+    that of float32: see `kernels.products`."""
+    return 6 * entries if width == 4 else 0
+
+
 def fit(candidates: Iterable[tuple[int, int]], needed: Callable[[int, int], int]) -> tuple[int, int]:
     """The first of the tile sizes whose `needed` bytes fit; the last one if none does: see `obstacle`."""
     sizes = (0, 0)

@@ -123,10 +123,12 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"config.json: unknown architecture model_type={family!r}; known are {known}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}  # transformers reads it beside the other
     refused = {
-        "rope_type": rope_type != "default" and rope_type,
+        **{key: each for key, each in {"rope_parameters": rope, "rope_scaling": scaling}.items() if _scales(each)},
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0 and config["partial_rotary_factor"],
+        "layer_types": set(config.get("layer_types") or ()) - {"full_attention"},
         "use_sliding_window": config.get("use_sliding_window"),
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
@@ -146,13 +148,19 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or config["hidden_size"] // heads,
         ffn=config["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rope_theta=float(rope.get("rope_theta") or scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         tied_head=bool(config.get("tie_word_embeddings", False)),
         **{name: family == its for name, its in FAMILY_OF.items()},
         max_positions=config.get("max_position_embeddings", 32_768),
         initializer_range=config.get("initializer_range", 0.02),
     )
+
+
+def _scales(rope: Mapping[str, Any]) -> bool:
+    """Whether rope settings ask for more than a base frequency."""
+    plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    return not plain or rope.get("factor", 1.0) != 1.0 or rope.get("partial_rotary_factor", 1.0) != 1.0
 
 
 def to_hugging_face(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from kernels import products
 from kernels.rms_norm import rms_norm
 from kernels.row_attention import row_attention
 from lm_jax.config import DecoderConfig
@@ -44,7 +45,7 @@ def contract(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     Autodiff alone would multiply float32 cotangents with bf16 operands, which no platform does fast. Every index of one
     operand must occur in the other or in the result.
     """
-    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+    return products.einsum(equation, a, b)
 
 
 def _contract_forward(equation, a, b):
@@ -53,14 +54,12 @@ def _contract_forward(equation, a, b):
 
 def _gradient_of_first(equation, b, cotangent):
     (axes_a, axes_b), result = equation.split("->")[0].split(","), equation.split("->")[1]
-    cotangent = cotangent.astype(b.dtype)
-    return jnp.einsum(f"{result},{axes_b}->{axes_a}", cotangent, b, preferred_element_type=jnp.float32)
+    return products.einsum(f"{result},{axes_b}->{axes_a}", cotangent, b)
 
 
 def _gradient_of_second(equation, a, b, cotangent):
     (axes_a, axes_b), result = equation.split("->")[0].split(","), equation.split("->")[1]
-    a, cotangent = a.astype(b.dtype), cotangent.astype(b.dtype)
-    return jnp.einsum(f"{axes_a},{result}->{axes_b}", a, cotangent, preferred_element_type=jnp.float32).astype(b.dtype)
+    return products.einsum(f"{axes_a},{result}->{axes_b}", a, cotangent.astype(b.dtype)).astype(b.dtype)
 
 
 def _contract_backward(equation, saved, cotangent):

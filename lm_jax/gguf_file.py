@@ -81,7 +81,8 @@ class GGUFFile(Mapping[str, np.ndarray]):
         family = self.metadata("general.architecture")
         if family not in ARCHITECTURES:
             raise ValueError(f"{self.path}: unknown architecture {family!r}; known are {', '.join(ARCHITECTURES)}")
-        scaling = self.metadata(f"{family}.rope.scaling.type", "none")
+        factor = self.metadata(f"{family}.rope.scaling.factor", 1.0)
+        scaling = self.metadata(f"{family}.rope.scaling.type", "none" if factor == 1.0 else "linear")
         if scaling != "none":
             raise ValueError(f"{self.path}: {family}.rope.scaling.type={scaling!r} is not supported by this decoder")
 

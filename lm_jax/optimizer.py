@@ -79,13 +79,20 @@ def make_optimizer(
 
 
 def stored_in(dtype: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same transformation with its moments kept in `dtype` between steps; it still computes in float32."""
+    """The same transformation with its moments kept in `dtype` between steps; it still computes in float32.
 
-    def cast(state: optax.OptState, to: str) -> optax.OptState:
-        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    Moments are what has a parameter's shape: a state may hold constants too, as Muon's does.
+    """
+
+    def cast(state: optax.OptState, parameters: Any, to: str) -> optax.OptState:
+        shapes = {parameter.shape for parameter in jax.tree.leaves(parameters)}
+        moment = lambda x: x.shape in shapes and jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.tree.map(lambda x: x.astype(to) if moment(x) else x, state)
 
     def update(gradient, state, parameters):
-        updates, state = transformation.update(gradient, cast(state, "float32"), parameters)
-        return updates, cast(state, dtype)
+        updates, state = transformation.update(gradient, cast(state, parameters, "float32"), parameters)
+        return updates, cast(state, parameters, dtype)
 
-    return optax.GradientTransformation(lambda parameters: cast(transformation.init(parameters), dtype), update)
+    return optax.GradientTransformation(
+        lambda parameters: cast(transformation.init(parameters), parameters, dtype), update
+    )

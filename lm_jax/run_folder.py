@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_jax.checkpoint import load_tree, save_tree
 from sharding.distributed import on_primary
 
+DIGESTS = "data.json"  # in the run folder: data set -> digest
 # Keys of a config that say how the work is laid out, not what is computed: a run that goes on with others is the same
 # to rounding.
 LAYOUT = ("mesh", "micro_batches", "remat")
@@ -118,6 +120,25 @@ def refuse_other_config(workdir: Path, config: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config; use another --workdir, or the same values:\n"
             + "\n".join(changed)
         )
+
+
+def digest_of(rows: Iterable[object]) -> str:
+    """SHA-256 of rows in their order, each by its repr."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def refuse_other_data(workdir: Path, digests: Mapping[str, str], prefix: str = "") -> None:
+    """Raise ValueError, naming `prefix` + what differs, where the folder holds a run on data of other digests, by name.
+
+    What a run made of its data row by row, as a teacher's labels, fits those data alone.
+    """
+    file = workdir / DIGESTS
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if changed := ", ".join(prefix + name for name, digest in before.items() if digests.get(name) != digest):
+        raise ValueError(f"{workdir} holds a run on other data, {changed}; use another --workdir, or the same data")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -62,6 +62,9 @@ def follow(
     token_PG = np.asarray(first_P, np.int32)[:, None]
     state_P = np.zeros(len(token_PG), np.int32)
     yield token_PG.T[:max_new_tokens]
+    if len(devices := jax.tree.leaves(parameters)[0].devices()) == 1:
+        # Bound to that device, as what a call returns is: an array that may move is another to jit, compiled for anew.
+        token_PG, state_P, cache = jax.device_put((token_PG, state_P, cache), *devices)
     for start in range(0, max_new_tokens - 1, STEPS):
         tokens, state_P, cache = _advance(
             parameters, token_PG, state_P, np.int32(start), cache, leads_to_SV, config=config, dtype=dtype

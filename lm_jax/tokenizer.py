@@ -24,6 +24,7 @@ class Tokenizer:
 
     Attributes:
         bos, eos, pad: ids of the special tokens, None where there is none; without a padding token `pad` is `eos`.
+        special: ids of all special tokens.
         vocab_size: one more than the largest id. A model's vocabulary may be larger (Qwen3 rounds it up).
     """
 
@@ -33,6 +34,8 @@ class Tokenizer:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos, self.eos, pad = (self._special(name) for name in ("bos_token", "eos_token", "pad_token"))
         self.pad = self.eos if pad is None else pad
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token for token, described in added.items() if described.special)
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:

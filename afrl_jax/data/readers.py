@@ -261,6 +261,8 @@ def _pair(row: Row) -> Pair:
         values = {"title": ""} | {field: value for field, value in inner.items() if value is not None}
     query = Query(row.identifier("query_id", ""), row.filled_text("query"), row.text("context", ""))
     carried = {field: value for field, value in row.values.items() if field not in _PAIR_FIELDS}
+    if "doc_id" in values:
+        carried = {"doc_id": values["doc_id"], **carried}
     described_row = dataclasses.replace(row, values={"doc_id": row.identifier("doc_id", ""), **values})
     return Pair(query, document_of(described_row), carried)
 

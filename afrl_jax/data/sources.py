@@ -74,7 +74,13 @@ def _typed(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rules(judgments: Sequence[Judgment], instruction: Instruction) -> None:
+    numbers = {rule.number for rule in instruction.rules}
     for judgment in judgments:
+        if unknown := set(judgment.rules) - numbers:
+            raise ValueError(
+                f"query_id {judgment.query.query_id!r}, doc_id {judgment.document.doc_id!r}: rules: {min(unknown)} is "
+                f"none of the instruction's, {', '.join(map(str, sorted(numbers)))}"
+            )
         if judgment.explanation and judgment.grade is not None:
             rule = instruction.rule(judgment.explanation.rule)
             if rule is None or judgment.grade not in rule.grades:

@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,10 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evolve(parsed: argparse.Namespace) -> None:
     from afrl_jax import relevance_file
+    from afrl_jax.answer_format import query_texts
     from afrl_jax.data import clips_rulebooks
     from afrl_jax.data.readers import read_judgments
     from afrl_jax.instructions.budget import BudgetExceeded
-    from afrl_jax.instructions.evolution import first_queries, queries_of, split_by_query
+    from afrl_jax.instructions.evolution import first_queries, split_by_query
     from afrl_jax.instructions.ideal_reader import IdealReader
     from afrl_jax.instructions.probe import ModelJudge, digest
     from afrl_jax.instructions.run import EvolutionSettings, evolve_instruction
@@ -142,8 +144,10 @@ def _evolve(parsed: argparse.Namespace) -> None:
             sets = {name: first_queries(some, parsed.pairs) for name, some in sets.items()}
         held = read_judgments({"path": parsed.calibration}, base.scale) if parsed.calibration else []
         held = first_queries(held, parsed.pairs) if parsed.pairs else held
-        if shared := queries_of(held) & queries_of(judgment for some in sets.values() for judgment in some):
-            raise ValueError(f"--calibration shares queries with what is judged, such as {sorted(shared)[0]!r}")
+        named = {"calibration": held} | sets
+        for one, other in itertools.combinations(named, 2):  # by text: folders of one log may number queries anew
+            if shared := query_texts(named[one]) & query_texts(named[other]):
+                raise ValueError(f"--{one} shares {len(shared)} queries with --{other}, such as {min(shared)!r}")
         model = RelevanceModel.load(parsed.model, instruction=base if zero_shot else None)
         judge, references, frequency = ModelJudge(model, held), {}, None
     else:

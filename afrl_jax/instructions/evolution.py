@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from afrl_jax.answer_format import one_line
 from afrl_jax.instructions import recheck
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.edits import Edit, EditError, Kind, apply, words
@@ -261,9 +262,9 @@ def first_queries(judgments: Sequence[Judgment], pairs: int) -> list[Judgment]:
     return kept
 
 
-def queries_of(judgments: Iterable[Judgment]) -> set[str]:
-    """The ids of their queries."""
-    return {judgment.query.query_id for judgment in judgments}
+def queries_of(judgments: Iterable[Judgment]) -> set[tuple[str, str]]:
+    """(id, text) of their queries: two data sets may number theirs alike."""
+    return {(judgment.query.query_id, one_line(judgment.query.text)) for judgment in judgments}
 
 
 def split_by_query(judgments: Sequence[Judgment], share: float) -> tuple[list[Judgment], list[Judgment]]:

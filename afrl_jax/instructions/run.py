@@ -148,7 +148,7 @@ def evolve_instruction(
         raise ValueError(f"the sets lack {', '.join(sorted(missing))}")
     for one, other in itertools.combinations(sets, 2):
         if shared := queries_of(sets[one]) & queries_of(sets[other]):
-            raise ValueError(f"{one} shares {len(shared)} queries with {other}, such as {sorted(shared)[0]!r}")
+            raise ValueError(f"{one} shares {len(shared)} queries with {other}, such as {min(shared)[1]!r}")
     if settings.synthesize and second is None:
         raise ValueError("synthesize needs a second labeller")
     probe = Probe(judge, dict(sets), folder / "probes")

@@ -50,6 +50,7 @@ class Service:
             None  # what ended it before its time, most likely a model that could not be loaded
         )
         self._scorer: Scorer | None = None
+        self._phase = "is being loaded"
         self._explaining = 0
         self._executor = ThreadPoolExecutor(1, "scoring")  # the model does one thing at a time
 
@@ -65,7 +66,7 @@ class Service:
             Refused: it is not loaded yet.
         """
         if self._scorer is None:
-            raise Refused(503, "the model is being loaded; /ready tells when it is there", retry_after=1)
+            raise Refused(503, f"the model {self._phase}; /ready tells when it is there", retry_after=1)
         return self._scorer
 
     async def start(self, load: Callable[[], Scorer]) -> None:
@@ -74,6 +75,8 @@ class Service:
             loop = asyncio.get_running_loop()
             scorer = await loop.run_in_executor(self._executor, load)
             query_tokens = min(self.settings.warm_query_tokens, self.settings.max_query_tokens)
+            self._phase = "is loaded and being compiled, minutes at the first start"
+            log("compiling", model=self.name, told="the first start takes minutes; later ones find what it left")
             await loop.run_in_executor(self._executor, scorer.warm_up, self.settings.batch_pairs, query_tokens)
             self.batcher = Batcher(
                 scorer.probabilities,

@@ -232,7 +232,8 @@ def to_document(body: DocumentBody, settings: Settings, name: str, rank_fields: 
     """
     fields = {"text": body} if isinstance(body, str) else _fields(body, name)
     # All of it is repeated in the answer, also what is not shown to the model.
-    _check_text(name, "".join([*fields, *fields.values()]), settings.max_document_chars)
+    written = body if isinstance(body, str) else "".join([*fields, *fields.values()])
+    _check_text(name, written, settings.max_document_chars)
     if rank_fields is not None and not isinstance(body, str):
         fields = {field: value for field, value in fields.items() if field in rank_fields}
         if not fields:
@@ -261,13 +262,13 @@ def graded_fields(graded: Graded) -> dict[str, Any]:
 
 
 def _fields(body: DocumentFields, name: str) -> dict[str, str]:
-    """Its fields as the readers of data would show them: as text, null ones left out.
+    """Its fields as the readers of data would show them: as text, its id and null ones left out.
 
     Raises:
         Refused: 422, a field is nested.
     """
     given = {"title": body.title, "text": body.text} | (body.__pydantic_extra__ or {})
-    fields = {field: as_text(value) for field, value in given.items() if value is not None}
+    fields = {field: as_text(value) for field, value in given.items() if value is not None and field != "doc_id"}
     for field, text in fields.items():
         if text is None:
             told = "must be text, a number or a list of these"

@@ -8,6 +8,7 @@ those of the original path, bit for bit, and the response says why.
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from core_jax.schema import Context
 from core_jax.search.rewrite_store import Found, Refusals, RewriteStore
-from core_jax.search.stages import LAUNCH_B, ORIGINAL, Candidates, Clock, Consumption, Result, Stages
+from core_jax.search.stages import LAUNCH_B, ORIGINAL, Candidates, Clock, Consumption, Result, Stages, TooLate
 
 T = TypeVar("T")
 
@@ -45,9 +46,10 @@ class Engine:
         consumption: which stages take rewrites.
         deadline: seconds from its start that a search waits for the store at most; the stages run meanwhile.
         patience: seconds from its start in which a search must have consumed its rewrite, or does without; None: any
-            time. What came too late runs to its end unseen.
-        readers: reads of the store at once, and as many rewrites consumed. While so many hang, searches do without and
-            start no more.
+            time. After them no stage begins for a rewrite; one that has begun ends unseen.
+        readers: reads of the store at once. While so many hang, searches do without and start no more.
+        consumers: rewrites consumed at once, likewise. They and the original paths of others take turns at finerank:
+            few, so that under load rewrites are given up and no search is late for them.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Engine:
         deadline: float = 0.02,
         patience: float | None = None,
         readers: int = 16,
+        consumers: int = 4,
     ):
         self.version, self._stages, self._store, self._refusals = version, stages, store, refusals or Refusals()
         self._consumption, self._deadline, self._patience = consumption, deadline, patience
-        self._readers, self._consumers = (threading.BoundedSemaphore(readers) for _ in range(2))
+        self._readers, self._consumers = threading.BoundedSemaphore(readers), threading.BoundedSemaphore(consumers)
 
     def search(
         self,
@@ -100,15 +103,16 @@ class Engine:
         if found.text == context.query:
             found = Found(None, "the query itself")
         if found.text is not None:
-            aside = Clock()  # of its own: what comes too late may not write into the response
+            left = math.inf if self._patience is None else self._patience - clock.seconds()
+            aside = Clock(limit=left)  # of its own: what comes too late may not write into the response
             consume = lambda text=found.text: self._stages.consume(original, text, consumption, aside)
             try:
-                candidates = self._in_time(consume, clock)
+                candidates = self._in_time(consume, left)
                 for stage, milliseconds in aside.milliseconds.items():
                     clock.milliseconds[stage] = clock.milliseconds.get(stage, 0.0) + milliseconds
             except _Busy:
                 found = Found(None, "busy")
-            except queue.Empty:
+            except (queue.Empty, TooLate):
                 found = Found(None, "consumed too late")
             except Exception as error:  # whatever a rewrite breaks, it may not break the search
                 found = Found(None, f"failed: {type(error).__name__}")
@@ -118,10 +122,11 @@ class Engine:
             candidates.results[:size], original.results[:size], found.text, found.reason, recalled, milliseconds
         )
 
-    def _in_time(self, consume: Callable[[], Candidates], clock: Clock) -> Candidates:
-        if self._patience is None:
-            return consume()
-        return _aside(consume, self._consumers)(self._patience - clock.seconds())
+    def _in_time(self, consume: Callable[[], Candidates], left: float) -> Candidates:
+        """What `consume` returns; raises queue.Empty where it does not within the seconds that are left."""
+        if left <= 0:
+            raise queue.Empty
+        return consume() if math.isinf(left) else _aside(consume, self._consumers)(left)
 
     def _read_aside(self, key: str, clock: Clock) -> Callable[[], Found]:
         """Ask the store in a thread that nobody has to wait for; returns how to get its answer, in time or not."""

@@ -6,7 +6,9 @@ shows and over HTTP against a small server of the tests; no test runs the real s
 
 from __future__ import annotations
 
+import http.client
 import json
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from core_jax.search.recall import Hit
 
 
 class RemoteError(OSError):
-    """The server answered with what is no result."""
+    """The server did not answer, or with what is no result; names its address and what it said."""
 
 
 class OpenSearchRecall:
@@ -152,8 +154,12 @@ def _post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        try:
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             return json.load(response)
-        except ValueError as error:
-            raise RemoteError(f"{url}: the response is no JSON") from error
+    except urllib.error.HTTPError as error:
+        raise RemoteError(f"{url}: {error}: {error.read(500).decode(errors='replace')}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise RemoteError(f"{url}: {error}") from error
+    except ValueError as error:
+        raise RemoteError(f"{url}: the response is no JSON") from error

@@ -21,13 +21,17 @@ import sqlite3
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 WEEK = 7 * 24 * 3600.0  # seconds
 # Characters without a shape that are no control characters, or that some script's spelling needs.
-_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u3164\ufe00-\ufe0f\uffa0]")
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+# Scripts whose words stand alone: others write them without blanks, or join articles and particles to them.
+_ALONE = ("LATIN ", "GREEK ", "CYRILLIC ", "DIGIT ")
 
 
 class Backend(Protocol):
@@ -161,8 +165,17 @@ class Refusals:
 
 def read_refusals(words: Path | str | None) -> Refusals:
     """What is refused by default, and the words of a file, a line each; none for "" and None."""
-    lines = Path(words).read_text(encoding="utf-8").splitlines() if words else []
+    lines = Path(words).read_text(encoding="utf-8-sig").splitlines() if words else []  # Windows begins it with a mark
     return Refusals(unsafe=frozenset(lines))
+
+
+@contextlib.contextmanager
+def _as_connection_error() -> Iterator[None]:
+    """Clients of stores raise errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        raise ConnectionError(f"the store of rewrites: {type(error).__name__}: {error}") from error
 
 
 def _plain(text: str) -> str:
@@ -171,14 +184,19 @@ def _plain(text: str) -> str:
 
 
 def _holds(text: str, word: str) -> bool:
-    """Whether the text holds the word, not as a part of a longer one where the script has blanks."""
+    """Whether the text holds the word: in scripts whose words stand alone as a whole word, in others anywhere."""
     start = text.find(word)
     while start >= 0:
-        around = text[start - 1 : start] + text[start + len(word) : start + len(word) + 1]
-        if not any(character.isascii() and character.isalnum() for character in around):
+        end = start + len(word)
+        if not (_joined(text[start - 1 : start], text[start]) or _joined(text[end - 1], text[end : end + 1])):
             return True
         start = text.find(word, start + 1)
     return False
+
+
+def _joined(before: str, after: str) -> bool:
+    """Whether one word holds both characters; each may be "", the end of the text."""
+    return all(each and unicodedata.name(each, "").startswith(_ALONE) for each in (before, after))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,7 +233,11 @@ class RewriteStore:
         self._refusals, self._clock = refusals, clock
 
     def write(self, version: str, rewrites: Iterable[tuple[str, str]]) -> dict[str, int]:
-        """Store the rewrites (context key, text) that a version made; how many were written, and refused by reason."""
+        """Store the rewrites (context key, text) that a version made; how many were written, and refused by reason.
+
+        Raises:
+            ConnectionError: the backend does not take them.
+        """
         entries, counts = {}, {"written": 0}
         until = self._clock() + self._seconds
         for key, text in rewrites:
@@ -224,8 +246,14 @@ class RewriteStore:
             if reason is None:
                 fields = [version, text, until]
                 entries[key] = json.dumps([*fields, self._seal(key, fields)]).encode()
-        self._backend.write(entries, self._seconds)
+        with _as_connection_error():
+            self._backend.write(entries, self._seconds)
         return counts
+
+    def check(self) -> None:
+        """Raise ConnectionError where the backend does not answer."""
+        with _as_connection_error():
+            self._backend.read("")
 
     def read(self, key: str, version: str) -> Found:
         """The rewrite that this version made for a context.

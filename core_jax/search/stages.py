@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -38,11 +39,19 @@ LAUNCH_A = Consumption(False, False, True)
 LAUNCH_B = Consumption(True, True, True)
 
 
-class Clock:
-    """Seconds since a search began, and the milliseconds that each of its stages took."""
+class TooLate(Exception):
+    """Nobody waits for this work any more."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._now, self._start = now, now()
+
+class Clock:
+    """Seconds since a search began, and the milliseconds that each of its stages took.
+
+    Args:
+        limit: seconds after which no stage begins.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter, *, limit: float = math.inf):
+        self._now, self._start, self._limit = now, now(), limit
         self.milliseconds: dict[str, float] = {}
 
     def seconds(self) -> float:
@@ -51,8 +60,10 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a stage."""
+        """Adds what happens inside to a stage; raises `TooLate` where it would begin after the limit."""
         before = self._now()
+        if before - self._start > self._limit:
+            raise TooLate(name)
         yield
         self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (self._now() - before)
 
@@ -148,6 +159,7 @@ class Stages:
                 scored = [by_id[doc_id] for doc_id in fusion.extend(before, extra, self.ranked)]
         with clock.stage("finerank"):
             relevance = np.append(original.relevance, self._relevance(query, scored[len(original.scored) :]))
+        with clock.stage("finerank"):
             of_rewrite = self._relevance(rewrite, scored) if consumption.finerank else None
             factor = np.ones(len(scored)) if of_rewrite is None else fusion.factor(relevance, of_rewrite)
         ranks = {result.document.doc_id: rank for rank, result in enumerate(original.results, start=1)}

@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recalled", type=at_least(1), default=100, help="recalled for a query (%(default)s)")
     parser.add_argument("--ranked", type=at_least(1), default=30, help="of them scored by the model (%(default)s)")
+    parser.add_argument(
+        "--warm_query_tokens",
+        type=at_least(1),
+        default=32,
+        help="of the longest query that the model is compiled for at start; a longer one waits for it (%(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="(%(default)s)")
     args = parse(parser, arguments)
@@ -58,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import uvicorn
 
     from afrl_jax.scoring import RelevanceModel
-    from core_jax.registry import Registry, golden_self_test
-    from core_jax.schema import Context
+    from core_jax.registry import Registry, golden_self_test, is_registry
     from core_jax.search.engine import Engine
     from core_jax.search.finerank import Finerank
     from core_jax.search.rawrank import LightRanker
@@ -89,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = str(getattr(args, option) or "")
             if path and "://" not in path and not Path(path).exists():
                 raise ValueError(f"--{option}: there is no {path}")
+        if args.registry and not is_registry(args.registry):
+            raise ValueError(f"--registry: there is none in {args.registry}")
         refusals = read_refusals(args.unsafe)
         server = None if args.recall == "bm25" else open_recall(args.recall)
         locate(args.model, ("config.json",))  # a wrong path is told before any work
@@ -108,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         recall, light = server or LexicalRecall(documents), LightRanker(documents)
         stages = Stages(recall, light, Finerank(model), recalled=args.recalled, ranked=args.ranked)
-        for first, last in zip(documents[:3], documents[-3:], strict=True):  # nobody waits for what these compile
-            Engine(stages).search(Context(first.title or "?"), rewrite=last.title or "?")
+        model.warm_up(pairs=args.ranked + stages.fusion.added(args.ranked), query_tokens=args.warm_query_tokens)
     engine = Engine(
         stages,
         store=store,

@@ -16,7 +16,7 @@ from afrl_jax.schema import Document
 from afrl_jax.serve import refusals
 from afrl_jax.serve.app import CONTENT_SECURITY
 from afrl_jax.serve.app import PAGE as SHARED_STYLE
-from core_jax.schema import Context
+from core_jax.schema import LONGEST_QUERY, Context
 from core_jax.search.engine import Engine
 from core_jax.search.stages import LAUNCH_A, LAUNCH_B, ORIGINAL, Result
 
@@ -36,7 +36,7 @@ class Watched(pydantic.BaseModel):
 class SearchRequest(pydantic.BaseModel):
     """A search; `consume` says which stages take the rewrite, `rewrite` is taken instead of the one in the store."""
 
-    query: str = pydantic.Field(min_length=1, max_length=1000)
+    query: str = pydantic.Field(min_length=1, max_length=LONGEST_QUERY)
     watched: Watched | None = None
     size: int = pydantic.Field(10, ge=1, le=100)
     consume: Literal["original", "finerank", "all"] = "all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels import streaming
+from kernels import products, streaming
 from kernels.rms_norm import rms_norm
 
 TILE = 4096  # rows of the head, at one time
@@ -50,4 +50,4 @@ def over_vocabulary(
 
 
 def _logits(normed_ND: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("nd,vd->nv", normed_ND.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
+    return products.einsum("nd,vd->nv", normed_ND, head_VD)

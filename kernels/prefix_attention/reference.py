@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels import streaming
+from kernels import products, streaming
 
 
 def prefix_attention(
@@ -44,8 +44,8 @@ def prefix_attention(
 
 def _attend(q_KBTMH, keys, values, mask_BTMS, axes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Maximum and sum of exp(score - maximum) [K, B, T, M], and the sum so weighted of the values [K, B, T, M, H]."""
-    score = jnp.einsum(f"kbtmh,{axes}->kbtms", q_KBTMH, keys, preferred_element_type=jnp.float32)
+    score = products.einsum(f"kbtmh,{axes}->kbtms", q_KBTMH, keys)
     score = jnp.where(mask_BTMS, score * q_KBTMH.shape[-1] ** -0.5, -jnp.inf)
     greatest, total, weight, _ = streaming.absorb(*streaming.start((*score.shape[:-1], 1)), score, axis=-1)
-    mixed = jnp.einsum(f"kbtms,{axes}->kbtmh", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = products.einsum(f"kbtms,{axes}->kbtmh", weight, values)
     return greatest[..., 0], total[..., 0], mixed

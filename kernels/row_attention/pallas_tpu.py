@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import streaming, tpu_memory
+from kernels import products, streaming, tpu_memory
 from kernels.row_attention.place import sees, trunk_of
 from kernels.row_attention.reference import along_mixed
 
@@ -56,9 +56,11 @@ def obstacle(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> str:
     queries, keys = _tiles(T, N // K)
     rows, lanes = queries * N // K, tpu_memory.round_up(H, tpu_memory.LANES)
     width = max(x.dtype.itemsize for x in (q_BTNH, k_BTKH, v_BTKH))
-    # two buffers of three arrays of queries and four of keys, sums in float32, about six tiles of scores
+    # two buffers of three arrays of queries and four of keys, sums in float32, about six tiles of scores, and the parts
+    # of float32 operands
     buffers = 2 * (3 * rows + 4 * keys) * lanes * width + 4 * 2 * (rows + keys) * lanes
-    return tpu_memory.obstacle(buffers + 6 * 4 * rows * keys)
+    split = tpu_memory.parts(2 * (rows + keys) * lanes + rows * keys, width)
+    return tpu_memory.obstacle(buffers + 6 * 4 * rows * keys + split)
 
 
 def forward(
@@ -253,7 +255,7 @@ def _forward_kernel(
             greatest_ref[...], total_ref[...], score, axis=0
         )
         value = v_ref[0, 0]
-        sum_ref[...] = sum_ref[...] * shrink + _product(value, weight.astype(value.dtype), 0, 0)
+        sum_ref[...] = sum_ref[...] * shrink + products.dot(value, weight.astype(value.dtype), 0, 0)
 
     @pl.when(pl.program_id(3) == inners - 1)
     def _():
@@ -274,7 +276,7 @@ def _d_q_kernel(
         score = _scores(query_ref, key_ref, q_ref, k_ref, pl.program_id(3), scale)
         _, d_score = _d_scores(score, d_mixed_ref, normalizer_ref, shared_ref, v_ref, scale)
         key = k_ref[0, 0]
-        sum_ref[...] += _product(key, d_score.astype(key.dtype), 0, 0)
+        sum_ref[...] += products.dot(key, d_score.astype(key.dtype), 0, 0)
 
     @pl.when(pl.program_id(3) == inners - 1)
     def _():
@@ -296,8 +298,8 @@ def _d_kv_kernel(
         score = _scores(query_ref, key_ref, q_ref, k_ref, pl.program_id(2), scale)
         weight, d_score = _d_scores(score, d_mixed_ref, normalizer_ref, shared_ref, v_ref, scale)
         query, d_mixed = _rows(q_ref), _rows(d_mixed_ref)
-        k_sum_ref[...] += _product(d_score.astype(query.dtype), query, 1, 0)
-        v_sum_ref[...] += _product(weight.astype(d_mixed.dtype), d_mixed, 1, 0)
+        k_sum_ref[...] += products.dot(d_score.astype(query.dtype), query, 1, 0)
+        v_sum_ref[...] += products.dot(weight.astype(d_mixed.dtype), d_mixed, 1, 0)
 
     @pl.when(pl.program_id(3) == inners - 1)
     def _():
@@ -312,21 +314,16 @@ def _scores(query_ref, key_ref, q_ref, k_ref, key_tile: jax.Array, scale: float)
     key_position = key_tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     query_place, query_position = query_ref[0, 0:1, :], query_ref[0, 1:2, :]
     seen = sees(query_place, key_place) & (key_position <= query_position)
-    return jnp.where(seen, _product(k_ref[0, 0], _rows(q_ref), 1, 1) * scale, -jnp.inf)
+    return jnp.where(seen, products.dot(k_ref[0, 0], _rows(q_ref), 1, 1) * scale, -jnp.inf)
 
 
 def _d_scores(score: jax.Array, d_mixed_ref, normalizer_ref, shared_ref, v_ref, scale: float):
     """(weight, d_score) [s, r] float32; d_score is that of the unscaled score."""
     weight = jnp.exp(score - normalizer_ref[0, 0])
-    d_weight = _product(v_ref[0, 0], _rows(d_mixed_ref), 1, 1)
+    d_weight = products.dot(v_ref[0, 0], _rows(d_mixed_ref), 1, 1)
     return weight, weight * (d_weight - shared_ref[0, 0]) * scale
 
 
 def _rows(ref) -> jax.Array:
     """[M x queries, H] of a block [1, M, queries, H]."""
     return ref[0].reshape(-1, ref.shape[-1])
-
-
-def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Of two matrices, contracted over an axis of each, float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)

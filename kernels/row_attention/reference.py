@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels import products
 from kernels.row_attention.place import sees
 
 
@@ -16,7 +17,7 @@ def forward(
     greatest_BKTM1 = jnp.max(score_BKTMS, axis=-1, keepdims=True)
     weight_BKTMS = jnp.exp(score_BKTMS - greatest_BKTM1)
     total_BKTM1 = jnp.sum(weight_BKTMS, axis=-1, keepdims=True)
-    mixed_BKTMH = _product("bktms,bskh->bktmh", weight_BKTMS, v_BTKH) / total_BKTM1
+    mixed_BKTMH = products.einsum("bktms,bskh->bktmh", weight_BKTMS, v_BTKH) / total_BKTM1
     normalizer_BKTM = (greatest_BKTM1 + jnp.log(total_BKTM1))[..., 0]
     return _heads_last(mixed_BKTMH).astype(v_BTKH.dtype), normalizer_BKTM
 
@@ -34,12 +35,12 @@ def backward(
     kv_heads, scale = k_BTKH.shape[2], q_BTNH.shape[-1] ** -0.5
     q_BKTMH, d_mixed_BKTMH = _heads_first(q_BTNH, kv_heads), _heads_first(d_mixed_BTNH, kv_heads)
     weight_BKTMS = jnp.exp(_scores(q_BTNH, k_BTKH, place_BT) - normalizer_BKTM[..., None])
-    d_weight_BKTMS = _product("bktmh,bskh->bktms", d_mixed_BKTMH, v_BTKH)
+    d_weight_BKTMS = products.einsum("bktmh,bskh->bktms", d_mixed_BKTMH, v_BTKH)
     shared_BKTM = along_mixed(mixed_BTNH, d_mixed_BTNH, kv_heads)
     d_score_BKTMS = weight_BKTMS * (d_weight_BKTMS - shared_BKTM[..., None]) * scale
-    d_q_BKTMH = _product("bktms,bskh->bktmh", d_score_BKTMS, k_BTKH)
-    d_k_BTKH = _product("bktms,bktmh->bskh", d_score_BKTMS, q_BKTMH)
-    d_v_BTKH = _product("bktms,bktmh->bskh", weight_BKTMS, d_mixed_BKTMH.astype(v_BTKH.dtype))
+    d_q_BKTMH = products.einsum("bktms,bskh->bktmh", d_score_BKTMS, k_BTKH)
+    d_k_BTKH = products.einsum("bktms,bktmh->bskh", d_score_BKTMS, q_BKTMH)
+    d_v_BTKH = products.einsum("bktms,bktmh->bskh", weight_BKTMS, d_mixed_BKTMH.astype(v_BTKH.dtype))
     d_q_BTNH = _heads_last(d_q_BKTMH).astype(q_BTNH.dtype)
     return d_q_BTNH, d_k_BTKH.astype(k_BTKH.dtype), d_v_BTKH.astype(v_BTKH.dtype)
 
@@ -66,11 +67,6 @@ def _heads_last(x_BKTMH: jax.Array) -> jax.Array:
 def _scores(q_BTNH: jax.Array, k_BTKH: jax.Array, place_BT: jax.Array) -> jax.Array:
     """[B, K, T, M, S] float32, -inf where a token may not look."""
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    score_BKTMS = _product("bktmh,bskh->bktms", _heads_first(q_BTNH, k_BTKH.shape[2]), k_BTKH) * H**-0.5
+    score_BKTMS = products.einsum("bktmh,bskh->bktms", _heads_first(q_BTNH, k_BTKH.shape[2]), k_BTKH) * H**-0.5
     seen_BTS = sees(place_BT[:, :, None], place_BT[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
     return jnp.where(seen_BTS[:, None, :, None], score_BKTMS, -jnp.inf)
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum in b's dtype with float32 accumulation."""
-    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)

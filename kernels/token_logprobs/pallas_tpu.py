@@ -10,7 +10,7 @@ target, ...) is a dense row [1, m]. Three kernels, each a grid of token tiles ti
 Both backward kernels compute the logits again: five matrix products of size M V D forward and backward, where four are
 the least if no logits are kept. Bytes moved: the outer operand once, the inner one once per outer tile (`TILES`).
 
-As compiled for v5e, v5p and v6e, 128 tokens need at most 13.2 MiB of VMEM for SmolLM2-135M in float32 and 9.0 for
+As compiled for v5e, v5p and v6e, 128 tokens need at most 16.1 MiB of VMEM for SmolLM2-135M in float32 and 9.0 for
 Qwen3-0.6B in bfloat16, and the kernels say that they move 1.00 (forward, d_hidden) and 1.07 times (d_head) the least.
 The compiled module moves 1.001 times what the three least need for Qwen3-0.6B, and 2.001 for SmolLM2-135M: a head whose
 rows are no whole registers lies column by column, so that it and its gradient are copied.
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import streaming, tpu_memory
+from kernels import products, streaming, tpu_memory
 
 # (outer, inner) tile sizes, the first that fits is taken. The inner operand is read once per outer tile, so at bf16 an
 # outer tile of 512 does 512 FLOP a byte read: a v5e needs 240 to be busy, a v5p 166, a v6e 560.
@@ -47,8 +47,10 @@ def obstacle(embed: int, hidden_width: int, head_width: int) -> str:
 
 
 def _needed(outer: int, inner: int, *, embed: int, width: int, kept: int, result: int) -> int:
-    """Bytes of VMEM: two buffers of every operand and result, the scratch, and about five float32 tiles of logits."""
-    return 2 * (outer + inner) * embed * width + outer * (kept + 2 * result) + 5 * 4 * outer * inner
+    """Bytes of VMEM: two buffers of every operand and result, the scratch, about five float32 tiles of logits, and the
+    parts of float32 operands."""
+    split = tpu_memory.parts((outer + inner) * embed + outer * inner, width)
+    return 2 * (outer + inner) * embed * width + outer * (kept + 2 * result) + 5 * 4 * outer * inner + split
 
 
 def forward(
@@ -175,9 +177,7 @@ def _backward_kernel(
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    sum_ref[...] += jax.lax.dot_general(
-        d_logits, operand, (((contract,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    sum_ref[...] += products.dot(d_logits, operand, contract, 0)
 
     @pl.when(inner == pl.num_programs(1) - 1)
     def _():
@@ -187,10 +187,7 @@ def _backward_kernel(
 def _logits(head_ref, hidden_ref, tile: jax.Array, vocabulary: int, temperature: float) -> tuple[jax.Array, jax.Array]:
     """Scaled logits [v, m] of a tile, LOWEST beyond the vocabulary, and the token ids [v, 1] they belong to."""
     size = head_ref.shape[0]
-    logits = jax.lax.dot_general(
-        head_ref[...], hidden_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    logits = logits / temperature
+    logits = products.dot(head_ref[...], hidden_ref[...], 1, 1) / temperature
     token = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     # Not -inf: its weight is 0, and 0 times it must be 0.
     return jnp.where(token < vocabulary, logits, streaming.LOWEST) if vocabulary % size else logits, token

@@ -6,12 +6,12 @@ tile's gradient of the head is one product that is written once; chunks of token
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels import products
 from kernels.streaming import LOWEST
 
 CHUNK_BYTES = 4 * 2**20  # of float32 logits that exist at one time, but at least those of
@@ -19,8 +19,7 @@ LEAST_TOKENS, LEAST_ENTRIES = 64, 512  # so many tokens forward, vocabulary entr
 
 
 def _logits(hidden_cD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
-    product = jnp.einsum("cd,vd->cv", hidden_cD.astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32)
-    return product / temperature
+    return products.einsum("cd,vd->cv", hidden_cD, head_VD) / temperature
 
 
 def _padded(array: jax.Array, size: int) -> jax.Array:
@@ -74,7 +73,6 @@ def backward(
     # Turned here, and kept from being turned in the product: where both operands are, the CPU compiler multiplies
     # 16-bit floats as float32, at a third of the speed.
     hidden_DM = jax.lax.optimization_barrier(hidden_MD.astype(head_VD.dtype).T)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def turn(d_hidden_MD, first):
         head_vD = jax.lax.dynamic_slice_in_dim(padded_VD, first, tile)
@@ -85,7 +83,8 @@ def backward(
         is_target_Mv = first + jnp.arange(tile) == target_M[:, None]
         d_logits_Mv = jnp.where(is_target_Mv, d_logprob_M[:, None], 0.0) - jnp.exp(log_p_Mv) * by_probability_Mv
         d_logits_Mv = (d_logits_Mv / temperature).astype(head_VD.dtype)
-        return d_hidden_MD + product("mv,vd->md", d_logits_Mv, head_vD), product("dm,mv->dv", hidden_DM, d_logits_Mv)
+        d_head_Dv = products.einsum("dm,mv->dv", hidden_DM, d_logits_Mv)
+        return d_hidden_MD + products.einsum("mv,vd->md", d_logits_Mv, head_vD), d_head_Dv
 
     firsts = jnp.arange(0, padded_VD.shape[0], tile)
     d_hidden_MD, d_heads_Dv = jax.lax.scan(turn, jnp.zeros(hidden_MD.shape, jnp.float32), firsts)

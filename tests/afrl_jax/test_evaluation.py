@@ -45,6 +45,21 @@ def rows_of(predictions, rows):
     return dataclasses.replace(predictions, **cut, explanation=explanation)
 
 
+def test_a_document_that_was_judged_more_than_once_is_ranked_once():
+    """Six documents by three raters, ordered by the model as by their mean grade: nothing can be better."""
+    grade = np.array([[3, 3, 2], [3, 2, 2], [2, 2, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    order = np.random.default_rng(0).permutation(18)
+    probabilities = np.repeat(np.linspace(0.9, 0.1, 6), 3)[:, None] * [-1, 0, 0, 1] + [1, 0, 0, 0]
+    ratings = Predictions(np.zeros(18, int), grade.reshape(-1)[order], probabilities[order])
+    documents = dataclasses.replace(ratings, document=np.repeat(np.arange(6), 3)[order])
+    names = ("ndcg_exp@10", "ndcg_lin@10", "pair_accuracy")
+    assert [evaluate_predictions(documents, resamples=10)[name].value for name in names] == pytest.approx([1.0] * 3)
+    assert all(evaluate_predictions(ratings, resamples=10)[name].value < 0.97 for name in names)
+    apart = dataclasses.replace(ratings, document=np.arange(18))
+    for name, figure in evaluate_predictions(apart, resamples=10).items():
+        assert figure == pytest.approx(evaluate_predictions(ratings, resamples=10)[name]), name
+
+
 def test_values_equal_metrics_computed_another_way():
     p = made_up()
     figures = {name: figure.value for name, figure in evaluate_predictions(p, resamples=10).items()}

@@ -57,10 +57,11 @@ def test_data_that_are_apart_are_opened_and_a_change_of_one_row_shows_in_its_dig
             {"train": judged("x", "dev alone")},
             "evaluation.test: 1 pairs of data.train, which is trained on, are in data",
         ),
+        ({"train": judged("x", " dev\u00a0 alone ")}, "evaluation.test: 1 pairs of data.train, which is trained on"),
         ({"expert": judged("x", "dev alone")}, "evaluation.test: 1 pairs of data.expert, which is trained on"),
         ({"train": judged("x", "calibration alone")}, "evaluation.calibration: 1 pairs of data.train"),
         (
-            {"calibration": judged("x", "dev alone", document="Chess")},
+            {"calibration": judged("x", "dev  alone", document="Chess")},
             "evaluation.calibration: 1 queries of data.calibration are in data.dev too, such as 'dev alone'",
         ),
     ],

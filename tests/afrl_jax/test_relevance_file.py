@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -106,6 +107,16 @@ def test_golden_pairs_tell_another_model(tmp_path, description, model, spoil):
     )
     with pytest.raises(relevance_file.GoldenMismatch, match=r"golden pair \d \(query '.*'\) scores off by"):
         relevance_file.check_golden(description, changed, tmp_path)
+
+
+def test_other_weights_than_those_of_the_digest_are_refused(tmp_path, description):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    described = description | {"weights_digest": hashlib.sha256(b"weights").hexdigest()}
+    relevance_file.check_weights(described, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"weights, a little changed")
+    with pytest.raises(relevance_file.GoldenMismatch, match="weights_digest is "):
+        relevance_file.check_weights(described, tmp_path)
 
 
 def test_golden_pairs_allow_bfloat16_its_rounding(tmp_path, description, tiny_model):

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -236,7 +237,7 @@ def test_wrong_arguments_are_told_in_one_message(export, causal, tmp_path, capsy
 def test_calibration_of_one_label_moves_the_grade(tmp_path, tiny_model):
     model = tiny_model("llama", calibration=Calibration(1.0, (0.0, 50.0, 0.0)), decision=MOST_PROBABLE)
     numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", ROWS))))
-    rows, bad = score.score_chunk(model, numbered, False, 0.0, 8)
+    rows, bad = score.score_chunk(model, numbered, False, 0.0, 8, 64)
     assert bad == []
     assert [row["grade"] for row in rows] == ["2"] * 3
     assert [row["expected_grade"] for row in rows] == pytest.approx([2.0] * 3)
@@ -255,13 +256,17 @@ def test_a_row_that_the_model_finds_no_number_for_is_a_bad_row(tmp_path, tiny_mo
     numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", ROWS)), start=40))
     answers = ["1\nMatch: ", "1\nMatch: \nRule: 7\nVerdict: 1"]
     monkeypatch.setattr(model, "answers", lambda pairs, **_: answers[: len(pairs)])
-    rows, (bad,) = score.score_chunk(model, numbered, True, 1.0, 8)
+    rows, (bad,) = score.score_chunk(model, numbered, True, 1.0, 8, 64)
     assert [row["explanation_truncated"] for row in rows] == [True, False]
     assert [row.get("query_id") for row in rows] == [7, None] and rows[1]["prompt_ids"]
     assert bad["reason"].startswith("row 42: ") and "not numbers" in bad["reason"]
     again = list(read_pairs(write(tmp_path / "bad.jsonl", [bad["values"]])))
     assert again == [numbered[1][1]]  # the same pair
-    assert score.score_chunk(model, [numbered[0]] * 2, False, 0.0, 8)[0][0]["grade"] in model.format.labels
+    too_long = score.score_chunk(model, numbered[:1], False, 0.0, 8, 1)
+    assert too_long[0] == [] and re.search(
+        "row 41: its query .* [0-9]+ tokens; --max_query_tokens is 1", too_long[1][0]["reason"]
+    )
+    assert score.score_chunk(model, [numbered[0]] * 2, False, 0.0, 8, 64)[0][0]["grade"] in model.format.labels
 
 
 def test_an_explanation_that_was_cut_off_says_so(export, tmp_path):

@@ -35,9 +35,8 @@ def test_every_context_of_a_log_gets_what_production_says(
     tmp_path, tiny_shape, clips_tokenizer, random_model, capsys, monkeypatch
 ):
     rewriter = Rewriter(tiny_shape, random_model(tiny_shape, 1), RewriteFormat(clips_tokenizer), max_new_tokens=6)
-    contexts = [Context(f"chess {number}", Document("w", "German openings")) for number in range(5)] + [
-        Context("bread")
-    ]
+    contexts = [Context(f"chess {number}", Document("w", "German openings")) for number in range(5)]
+    contexts += [Context("bread"), Context("bread" * 201)]
     rewriter.export(tmp_path / "export", contexts[:1])
     registry = Registry(tmp_path / "registry", golden_self_test)
     options = [f"--registry={registry.folder}", f"--sessions={log(tmp_path, [*contexts, contexts[0]])}"]
@@ -54,8 +53,23 @@ def test_every_context_of_a_log_gets_what_production_says(
     monkeypatch.setattr(Rewriter, "rewrite", rewrite)
     unsafe = tmp_path / "words"
     unsafe.write_text("chess 3\n")
+    monkeypatch.setattr("core_jax.fill_store.BLOCK", 4)
     main([*options, f"--unsafe={unsafe}"])
     store = RewriteStore(SQLite(tmp_path / "store.sqlite"), (tmp_path / "key").read_bytes())
     found = [store.read(context.key, version).text for context in contexts]
-    assert found == [*(f"german chess {number}" if number != 3 else None for number in range(5)), None]
-    assert capsys.readouterr().out == "1 cut off, 4 written, 1 unsafe\n"
+    assert found == [*(f"german chess {number}" if number != 3 else None for number in range(5)), None, None]
+    assert capsys.readouterr().out == "1 cut off, 4 written, 1 unsafe, 1 too long\n"
+
+
+def test_a_store_that_is_not_there_is_told_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "registry" / "versions").mkdir(parents=True)
+    monkeypatch.setattr(Registry, "production", lambda self: "v")
+    options = [f"--registry={tmp_path / 'registry'}", f"--sessions={log(tmp_path, [Context('chess')])}"]
+    options += [f"--secret={tmp_path / 'key'}"]
+    for store, said in (
+        ("redis://127.0.0.1:1/0", "the store of rewrites: ConnectionError"),
+        (tmp_path / "absent" / "store", "unable to open database file"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*options, f"--store={store}"])
+        assert said in capsys.readouterr().err

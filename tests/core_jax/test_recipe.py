@@ -21,6 +21,8 @@ from core_jax.phases import NoPairs
 from core_jax.recipe import Recipe
 from core_jax.rewriter import Rewriter
 from core_jax.schema import Context
+from core_jax.session_reader import write_sessions
+from core_jax.sessions import simulate
 from core_jax.settings import read_settings
 from lm_jax import run_log
 from lm_jax.config_file import read_config
@@ -174,13 +176,16 @@ def test_phases_compile_nothing_twice(uninterrupted):
     assert compiled["jit(update)"] <= 3  # the start's, and one for each phase's own schedule
 
 
-def test_a_second_run_skips_what_is_finished(run, uninterrupted):
+def test_a_second_run_skips_what_is_finished_and_makes_again_what_is_gone(run, uninterrupted):
     before = digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()
+    exported = digests(uninterrupted / "export")
+    shutil.rmtree(uninterrupted / "export")
     done = run(uninterrupted, death="logged:start:0")
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "finished before" in line]
     assert told == [f"{stage}: finished before" for stage in STAGES]
     assert (digests(uninterrupted / "stages"), (uninterrupted / "log.jsonl").read_bytes()) == before
+    assert digests(uninterrupted / "export") == exported
 
 
 def test_a_relevance_model_exchanged_in_the_middle_of_a_run_is_told(run, uninterrupted, tmp_path):
@@ -281,7 +286,10 @@ def test_a_phase_that_finds_no_pairs_says_why(relevance_folder, tmp_path):
     ("argument", "message"),
     [
         ("--config.relevance=nowhere", "nowhere"),
-        ("--config.mpo.row_tokens=32", r"mpo\.row_tokens: 32 is too small: the longest prompt has"),
+        (
+            "--config.mpo.row_tokens=32",
+            r"mpo\.row_tokens: 32 is too small, \d+ are needed: the prompt of session '",
+        ),
         ("--config.data.train.weeks=1", r"data\.train: .*weeks"),
         ("--config.evaluation.sessions=train", r"evaluation\.sessions: 'train' are those that are trained on"),
         ("--config.data.train.format=csv", r"data\.train: format: 'csv' is unknown; it is one of clips, log"),
@@ -291,6 +299,41 @@ def test_what_is_wrong_is_said_before_any_work(relevance_folder, tmp_path, argum
     with pytest.raises((ValueError, OSError), match=message):
         recipe_of(relevance_folder, tmp_path / "run", argument)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_log_of_other_sessions_is_another_run_and_what_is_measured_is_not_learned(relevance_folder, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "held_out", "people")}
+    lived = [each.session for each in simulate(0, "train", 0, 30, shown=6)]
+    write_sessions(files["train"], lived[:20])
+    write_sessions(files["held_out"], lived[20:])
+    said = ["chess for kids", "chess openings for beginners in german, no ads and with chapters please, of this year"]
+    files["people"].write_text("".join(json.dumps({"utterance": "chess", "rewrite": each}) + "\n" for each in said))
+    config = read_config(REPOSITORY / "configs/core_smoke.py", [f"--config.relevance={relevance_folder}"])
+    config |= {
+        "data": {name: {"format": "log", "path": str(files[name])} for name in ("train", "held_out")},
+        "rewrites": {"people": {"format": "table", "path": str(files["people"])}},
+    }
+    config["supervised"]["mixture"] = {"people": 1.0}
+
+    def recipe() -> Recipe:
+        return Recipe(read_settings(config), config, tmp_path / "run")
+
+    first = recipe()
+    assert first.inputs.too_long == {"people": 1} and len(first.inputs.supervised["people"]) == 1
+    told = capsys.readouterr().err
+    assert "rewrites.people: 1 of 2 have more than 12 tokens" in told
+    assert "data.held_out: sessions are older than the last of data.train" in told
+    assert first.run.path.exists()
+    recipe()
+    for name, key in (("train", "data"), ("held_out", "data"), ("people", "rewrites")):
+        before = files[name].read_text()
+        files[name].write_text(before.replace('"query": "', '"query": "new ').replace("chess for", "shogi for"))
+        with pytest.raises(ValueError, match=rf"run holds a run on other data, {key}\.{name}; use another --workdir"):
+            recipe()
+        files[name].write_text(before)
+    write_sessions(files["held_out"], lived[10:])
+    with pytest.raises(ValueError, match=r"data\.held_out: \d+ sessions are in data\.train too, such as 'train-0-0-1"):
+        recipe()
 
 
 def test_told_to_stop_the_run_that_makes_the_relevance_model_saves_and_stops_too(tmp_path):

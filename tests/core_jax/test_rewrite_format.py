@@ -45,6 +45,8 @@ def test_a_rewrite_is_read_as_it_was_written(format):
     assert cut.truncated and cut.text == read.text and cut.length == read.length and not cut.usable
     empty = format.read(tokens[-1:])
     assert (empty.text, empty.length, empty.truncated, empty.usable) == ("", 0, False, False)
+    padded = format.read(np.array([tokens[0], format.tokenizer.pad, *tokens[1:]]))
+    assert padded.truncated and not padded.usable and format.tokenizer.pad != format.tokenizer.eos
 
 
 def test_the_template_has_a_checksum():

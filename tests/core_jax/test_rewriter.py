@@ -9,6 +9,7 @@ import transformers
 
 from core_jax.rewrite_format import RewriteFormat
 from core_jax.rewriter import TOP, GoldenMismatch, Rewriter
+from core_jax.schema import Context
 from core_jax.sessions import simulate
 from lm_jax.decoder import Decoder
 
@@ -42,6 +43,17 @@ def test_transformers_rewrites_the_same(folder, rewriter, contexts):
         made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=ANSWER)
         assert made[0, prompt.shape[1] :].tolist() == ours.tolist()
     assert len({tuple(tokens) for tokens in found}) > 3  # the contexts matter
+
+
+def test_a_long_query_changes_neither_the_room_nor_the_rewrites_of_others(rewriter, contexts, monkeypatch):
+    alone, rooms = rewriter.rewrite_tokens(contexts), []
+    sampler = Rewriter._sampler
+    monkeypatch.setattr(Rewriter, "_sampler", lambda self, longest: rooms.append(longest) or sampler(self, longest))
+    found = rewriter.rewrite_tokens([Context("chess " * 150), *contexts])
+    assert [tokens.tolist() for tokens in found[1:]] == [tokens.tolist() for tokens in alone]
+    assert len(rooms) == 3 and rooms[0] <= rooms[1] < 100 < rooms[2]
+    rewriter_figures = rewriter.measure([Context("chess " * 150), *contexts], found)
+    np.testing.assert_allclose(rewriter_figures.surprisal[1:], rewriter.measure(contexts, alone).surprisal, rtol=1e-5)
 
 
 def test_the_folder_samples_as_training_assumes(folder):

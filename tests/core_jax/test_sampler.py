@@ -200,6 +200,48 @@ def test_prompts_travel_as_the_tokens_of_the_losses_and_as_text_where_those_are_
     assert plain(found) == [[format.encode_rewrite("chess")[:ANSWER].tolist()] * 2] * 2
 
 
+def test_a_server_that_is_not_ready_yet_is_waited_for_and_one_that_stays_so_is_told(
+    format, tiny_shape, contexts, random_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("core_jax.sampler.time.sleep", lambda seconds: None)
+    statuses = {"GET": [503, 502], "POST": [429, 503]}  # then 200
+
+    class Loading(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            left = statuses[self.command]
+            answer = json.dumps({"choices": [{"text": "chess", "finish_reason": "stop"}]}).encode()
+            self.send_response(left.pop(0) if left else 200, "loading")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Loading) as serving:
+        threading.Thread(target=serving.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{serving.server_port}"
+            sampler = server(format, tiny_shape, url, tmp_path, parallel=1)
+            sampler.sync(random_model(tiny_shape, 1), "phase1")
+            assert statuses == {"GET": [], "POST": [429, 503]}
+            assert plain(sampler.sample(contexts[:1], [0], seed=0, group=1)) == [
+                [format.encode_rewrite("chess")[:ANSWER].tolist()]
+            ]
+            assert not statuses["POST"]
+            statuses.update(GET=[503] * 1000, POST=[503] * 1000)
+            hurried = server(format, tiny_shape, url, tmp_path, parallel=1, patience=0.05)
+            with pytest.raises(ConnectionError, match="/v1/models: HTTP Error 503: loading"):
+                hurried.sync(random_model(tiny_shape, 1), "phase2")
+            with pytest.raises(ConnectionError, match="/v1/completions: HTTP Error 503: loading"):
+                hurried.sample(contexts[:1], [0], seed=0, group=1)
+        finally:
+            serving.shutdown()
+
+
 def test_a_refusal_says_what_the_server_said(transformers_server, format, tiny_shape, contexts, random_model, tmp_path):
     sampler = server(format, tiny_shape, transformers_server, tmp_path)
     sampler.sync(random_model(tiny_shape, 1), "gone")

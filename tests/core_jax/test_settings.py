@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from core_jax.settings import read_settings
@@ -64,6 +66,11 @@ def test_every_arm_is_a_value_of_the_config(key, value):
         ("phase", {}, r"unknown config key phase; did you mean phases\?"),
         ("mpo.betta", 0.1, r"unknown config key mpo\.betta; did you mean mpo\.beta\?"),
         ("mpo.weights", [1, 0], r"mpo\.weights: .* expected"),
+        ("seed", -3, r"seed: -3 must be at least 0"),
+        ("mpo.weights", [0, 0, 0], r"mpo\.weights: .* must be at least 0, and one of them above"),
+        ("mpo.weights", [-1, 0.2, 1], r"mpo\.weights: .* must be at least 0"),
+        ("mpo.learning_rate", math.inf, r"mpo\.learning_rate: inf must be above 0, and finite"),
+        ("grpo.clip_low", 3.0, r"grpo\.clip_low: 3\.0 must lie between 0 and 1"),
         ("mpo.beta", 0.0, r"mpo\.beta: 0\.0 must be above 0"),
         ("mpo.rehearsal", 1.0, r"mpo\.rehearsal: 1\.0 is a share of the rows, at least 0 and below 1"),
         ("mpo.delta", "exact", r"mpo\.delta: 'exact' is unknown; it is one of none, running"),

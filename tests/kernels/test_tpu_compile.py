@@ -26,7 +26,7 @@ def nbytes(*arrays) -> int:
 
 # SmolLM2-135M and Qwen3-0.6B, 64 positions.
 @pytest.mark.parametrize(
-    ("embed", "vocabulary", "dtype", "vmem"), [(576, 49_152, "float32", 5.7), (1024, 151_936, "bfloat16", 5.3)]
+    ("embed", "vocabulary", "dtype", "vmem"), [(576, 49_152, "float32", 7.8), (1024, 151_936, "bfloat16", 5.3)]
 )
 def test_label_head(compiled, embed, vocabulary, dtype, vmem):
     arrays = [((64, 1, embed), dtype), ((64, 1), "int32"), ((embed,), "float32"), ((vocabulary, embed), dtype)]
@@ -45,7 +45,7 @@ def test_label_head(compiled, embed, vocabulary, dtype, vmem):
 # 32 suffixes behind one prefix, heads of SmolLM2-135M and of Qwen3-0.6B.
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "dtype", "vmem", "around"),
-    [(9, 3, 64, "float32", 1.3, 4.1), (16, 8, 128, "bfloat16", 0.8, 3.7)],
+    [(9, 3, 64, "float32", 2.1, 4.1), (16, 8, 128, "bfloat16", 0.8, 3.7)],
 )
 def test_prefix_attention(compiled, heads, kv_heads, size, dtype, vmem, around):
     queries, keys = ((32, 128, heads, size), dtype), ((32, 128, kv_heads, size), dtype)
@@ -72,7 +72,7 @@ def with_gradients(function, differentiable: int):
 
 # 128 tokens of SmolLM2-135M and of Qwen3-0.6B: one tile, so that the head is read once in each direction.
 @pytest.mark.parametrize(
-    ("embed", "vocabulary", "dtype", "vmem"), [(576, 49_152, "float32", 13.2), (1024, 151_936, "bfloat16", 9.0)]
+    ("embed", "vocabulary", "dtype", "vmem"), [(576, 49_152, "float32", 16.1), (1024, 151_936, "bfloat16", 9.0)]
 )
 def test_token_logprobs(compiled, embed, vocabulary, dtype, vmem):
     hidden, head, token = ((128, embed), dtype), ((vocabulary, embed), dtype), ((128,), "float32")

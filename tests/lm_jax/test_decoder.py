@@ -205,6 +205,10 @@ def test_a_config_survives_the_way_there_and_back(shape):
     [
         ({"model_type": "mamba"}, "mamba"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "llama3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),  # rope_parameters beside it
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*sliding_attention"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),

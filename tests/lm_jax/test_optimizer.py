@@ -117,6 +117,17 @@ def test_an_unknown_optimizer_is_named():
         make_optimizer(CONFIG, lambda step: 0.5, kind="sgd", weight_decay=0.0, clip=1.0)
 
 
+def test_moments_in_bfloat16_leave_the_constants_of_muon_alone():
+    start = initialize(CONFIG, 0)
+    gradient = {name: 0.01 * jax.random.normal(jax.random.key(3), x.shape) for name, x in start.items()}
+    updates = []
+    for dtype in ("float32", "bfloat16"):
+        transformation = make_optimizer(CONFIG, lambda step: 1e-2, kind="muon", weight_decay=0.0, clip=1.0, dtype=dtype)
+        updates.append(transformation.update(gradient, transformation.init(start), start)[0])
+    for name, x in updates[0].items():  # all moments are 0 before the first step
+        np.testing.assert_array_equal(updates[1][name], x, err_msg=name)
+
+
 def test_moments_in_bfloat16_give_nearly_the_same_step():
     start = initialize(CONFIG, 0)
     gradient = {name: 0.01 * jax.random.normal(jax.random.key(3), x.shape) for name, x in start.items()}

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from lm_jax import stream
 from lm_jax.decoder import Decoder
 from lm_jax.stream import answer_room, follow
 
@@ -46,6 +47,14 @@ def test_each_token_is_the_argmax_of_a_full_pass(asked, held):
         if held:
             logits_NV = np.where(leads_to_SV[np.arange(NEW - 1) % 3] >= 0, logits_NV, -np.inf)
         np.testing.assert_array_equal(logits_NV.argmax(-1), answer[1:])
+
+
+def test_an_answer_is_compiled_for_once(asked):
+    """A second program would hold up the first who asks for an explanation, and everybody who waits behind."""
+    before = stream._advance._cache_size()
+    everything_SV = jax.numpy.zeros((7, asked[0].vocab_size), np.int16)  # states as no other test has them
+    assert len(write(asked, max_new_tokens=9, leads_to_SV=everything_SV)) == 3
+    assert stream._advance._cache_size() == before + 1
 
 
 def test_the_first_token_may_be_all_that_is_asked_for(asked):

@@ -216,7 +216,7 @@ def test_pairs_to_score(tmp_path):
         {"query": "ball", "context": "watched: bat", "document": "A red ball"},
         {"query": "ball", "document": {"title": "Ball", "brand": "Acme", "sizes": [1, 2]}, "doc_id": "e"},
         {"query": "ball", "title": "Ball", "text": None},
-        {"query": "ball", "document": {"title": None, "text": "red", "brand": None}},
+        {"query": "ball", "document": {"title": None, "text": "red", "brand": None, "doc_id": "f"}},
     ]
     pairs = list(read_pairs(write_lines(tmp_path / "pairs.jsonl", rows)))
     assert [(pair.query, pair.document) for pair in pairs] == [
@@ -224,14 +224,14 @@ def test_pairs_to_score(tmp_path):
         (Query("", "ball", "watched: bat"), Document("", "", "A red ball")),
         (Query("", "ball"), Document("e", "Ball", "", {"brand": "Acme", "sizes": "1, 2"})),
         (Query("", "ball"), Document("", "Ball")),
-        (Query("", "ball"), Document("", "", "red")),
+        (Query("", "ball"), Document("f", "", "red")),
     ]
     assert [dict(pair.carried) for pair in pairs] == [
         {"query_id": 7, "doc_id": "d", "click_id": 3, "grade": 2},
         {},
         {"doc_id": "e"},
         {},
-        {},
+        {"doc_id": "f"},
     ]
 
 

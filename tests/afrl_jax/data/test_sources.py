@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from afrl_jax.data import clips
+from afrl_jax.data.readers import write_judgments
 from afrl_jax.data.sources import open_judgments, open_texts
 
 SOURCE = {"format": "clips", "split": "train", "queries": 60, "documents_per_query": 3}
@@ -15,6 +16,14 @@ def test_a_source_names_its_generator_and_arguments():
     assert open_texts(texts, 5) == list(clips.domain_texts(5, "train", 4))
     with pytest.raises(ValueError, match="clips_text"):
         open_texts(SOURCE, 5)
+
+
+def test_a_rule_that_the_instruction_does_not_have_is_refused(tmp_path):
+    judged = [dataclasses.replace(judgment, explanation=None) for judgment in clips.judgments(5, "train", 2, 2)]
+    judged[1] = dataclasses.replace(judged[1], rules=(99,))
+    write_judgments(tmp_path / "own", judged, INSTRUCTION.scale)
+    with pytest.raises(ValueError, match=r"query_id '.*', doc_id '.*': rules: 99 is none of the instruction's, 1, 2"):
+        open_judgments({"path": str(tmp_path / "own")}, INSTRUCTION, 0)
 
 
 def test_parts_of_a_source_are_disjoint_by_query_and_together_whole():

@@ -194,7 +194,7 @@ def test_a_pretrained_model_on_human_judgments(tiny_model, tmp_path, capsys):
     command = ["evolve", f"--workdir={tmp_path / 'run'}", f"--model={tmp_path / 'model'}", f"--dev_new={dev}",
                f"--dev_replay={dev}", f"--instruction={tmp_path / 'guide.json'}", "--rounds=1", "--clusters=1",
                "--edits=1", "--pairs=20"]  # fmt: skip
-    for more, told in (([], "needs --calibration"), ([f"--calibration={dev}"], "--calibration shares queries")):
+    for more, told in (([], "needs --calibration"), ([f"--calibration={dev}"], "--calibration shares")):
         with pytest.raises(SystemExit):
             main([*command, *more])
         assert told in capsys.readouterr().err

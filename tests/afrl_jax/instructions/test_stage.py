@@ -62,8 +62,14 @@ def test_a_spent_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path, monkeyp
         Recipe(read_settings(other), other, workdir)
 
 
-def test_three_data_sets_are_three():
+def test_three_data_sets_are_three_that_nothing_else_reads():
     wrong = config(9)
+    wrong["evolve"]["dev_replay"] = "train"
+    with pytest.raises(ValueError, match=r"evolve: data\.train is trained on"):
+        read_settings(wrong)
+    wrong["evolve"]["dev_replay"] = wrong["evaluation"]["calibration"]
+    with pytest.raises(ValueError, match=r"evolve: data\.calibration is evaluation\.calibration"):
+        read_settings(wrong)
     wrong["evolve"]["dev_replay"] = "dev_new"
     with pytest.raises(ValueError, match="dev_new, dev_replay and test are three data sets"):
         read_settings(wrong)

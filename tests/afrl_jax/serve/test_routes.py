@@ -137,11 +137,10 @@ def test_a_document_is_seen_as_the_readers_of_data_see_it(running, tmp_path):
     (row,) = read_rows(tmp_path / "documents.jsonl", Problems())
     read = document_of(row)
     assert read.fields == {"tags": "kids, robots", "free": "true", "no": "7.5"}
-    document = {name: value for name, value in given.items() if name != "doc_id"}
-    answer = server.post("/v1/relevance", {"query": QUERY, "document": document}).json()
+    answer = server.post("/v1/relevance", {"query": QUERY, "document": given}).json()
     assert answer["score"] == pytest.approx(model.predict((Query("", QUERY), read)), **CLOSE)
-    (repeated,) = server.post("/rerank", {"query": QUERY, "documents": [document]}).json()["results"]
-    assert repeated["document"] == document | {"text": "Chess openings"}
+    (repeated,) = server.post("/rerank", {"query": QUERY, "documents": [given]}).json()["results"]
+    assert repeated["document"] == given | {"text": "Chess openings"}
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_rewrite_that_takes_too_long_to_consume_changes_nothing(stages):
             return super().__call__(pairs)
 
     plain = Engine(stages).search(Context(QUERY))
-    engine = Engine(dataclasses.replace(stages, relevance=Slow()), patience=0.2, readers=2)
+    engine = Engine(dataclasses.replace(stages, relevance=Slow()), patience=0.2, consumers=2)
     responses = [engine.search(Context(QUERY), rewrite="poker") for _ in range(3)]
     assert [response.reason for response in responses] == ["consumed too late"] * 2 + ["busy"]
     assert len(calls) == 2
@@ -271,6 +271,41 @@ def test_a_rewrite_that_takes_too_long_to_consume_changes_nothing(stages):
     in_time = Engine(stages, patience=60.0).search(Context(QUERY), rewrite="poker")
     assert in_time.reason == "given" and in_time.milliseconds.keys() == plain.milliseconds.keys()
     assert in_time.results == Engine(stages).search(Context(QUERY), rewrite="poker").results != plain.results
+
+
+def test_a_search_that_is_late_already_asks_nothing_for_its_rewrite(stages):
+    asked = []
+
+    class Slow(Deterministic):
+        def __call__(self, pairs):
+            asked.append({query for query, _ in pairs})
+            time.sleep(0.02)
+            return super().__call__(pairs)
+
+    response = Engine(dataclasses.replace(stages, relevance=Slow()), patience=0.01).search(Context(QUERY), rewrite="po")
+    assert response.reason == "consumed too late" and asked == [{QUERY}]
+
+
+def test_a_rewrite_that_is_given_up_begins_no_other_stage(stages):
+    asked = []
+
+    class Recall(LexicalRecall):
+        def search(self, text, k):
+            if text == "poker":
+                time.sleep(0.6)
+            return super().search(text, k)
+
+    class Asked(Deterministic):
+        def __call__(self, pairs):
+            asked.append({query for query, _ in pairs})
+            return super().__call__(pairs)
+
+    slow = dataclasses.replace(stages, recall=Recall(DOCUMENTS), relevance=Asked())
+    engine = Engine(slow, patience=0.3, consumers=1)
+    assert engine.search(Context(QUERY), rewrite="poker").reason == "consumed too late"
+    while engine.search(Context(QUERY), rewrite="chess").reason == "busy":
+        time.sleep(0.01)  # until the only consumer has ended
+    assert {"poker"} not in asked and {QUERY} in asked
 
 
 @pytest.mark.parametrize(

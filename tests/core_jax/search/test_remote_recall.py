@@ -138,6 +138,8 @@ def test_over_http(server):
     answer["body"] = b"<html>"
     with pytest.raises(RemoteError, match="no JSON"):
         vespa.search("chess", 2)
-    answer["status"] = 503
-    with pytest.raises(OSError, match="503"):
+    answer |= {"status": 404, "body": b"no such index"}
+    with pytest.raises(RemoteError, match=r"/my%20clips/_search: HTTP Error 404.*no such index"):
         opensearch.search("chess", 2)
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1:9/clips/_search: .*refused"):
+        OpenSearchRecall("http://127.0.0.1:9", "clips").search("chess", 2)

@@ -106,15 +106,32 @@ def test_a_refusal_never_fails_and_lets_plain_words_pass(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["po\u200cker night", "p\u200doker", "po\ufe0fker", "po\u034fker", "free  money", "free\u00a0\u3000 MONEY now"],
+    [
+        "po\u200cker night",
+        "p\u200doker",
+        "po\ufe0fker",
+        "po\u034fker",
+        "po\U000e0100ker",
+        "free  money",
+        "free\u00a0\u3000 MONEY now",
+    ],
 )
 def test_an_unsafe_word_is_found_behind_what_nobody_sees(text, tmp_path):
     words = tmp_path / "words"
-    words.write_text("Poker\n\nfree money\n")
+    words.write_bytes("\ufeffPoker\r\n\r\nfree money\r\n".encode())  # as Windows writes it
     refusals = read_refusals(words)
     assert refusals.reason(text) == "unsafe"
     assert refusals.reason("chess for kids") is None and refusals.reason("carefree moneys") is None
     assert read_refusals("").reason(text) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "held", "part"),
+    [("секс", "секс видео", "секстант"), ("cul", "le cul", "culé"), ("폭탄", "폭탄을", "폭"), ("賭け", "x賭け", "賭")],
+)
+def test_words_stand_alone_where_their_script_lets_them(word, held, part):
+    refusals = Refusals(unsafe=frozenset({word}))
+    assert (refusals.reason(held), refusals.reason(part)) == ("unsafe", None)
 
 
 def test_a_down_backend_raises(tmp_path):
