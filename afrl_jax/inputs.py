@@ -76,7 +76,7 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
         shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
         _check_tokenizer(model, settings, format, judgments)
     _check_apart(settings, format, judgments)
-    _check_rows(settings, format, judgments)
+    _check_rows(settings, format, shapes, judgments)
     _check_text_rows(settings, tokenizer, texts)
     return Inputs(judgments, texts, format, shapes, mesh)
 
@@ -227,8 +227,13 @@ def _prompts(format: AnswerFormat, judgments: Sequence[Judgment]) -> list[bytes]
     return [hashlib.blake2b(prompt.tokens.tobytes(), digest_size=16).digest() for prompt in prompts]
 
 
-def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str, list[Judgment]]) -> None:
-    """The longest pair of a stage must fit into its rows."""
+def _check_rows(
+    settings: Settings,
+    format: AnswerFormat,
+    shapes: Mapping[str, DecoderConfig],
+    judgments: Mapping[str, list[Judgment]],
+) -> None:
+    """The longest pair of a stage must fit into its rows, and have no more tokens than the model was made for."""
     longest: dict[str, tuple[int, Judgment]] = {}
     for name, stage in zip(settings.stage_names, settings.stages, strict=True):
         if not isinstance(stage, SFTStage | DistillStage):
@@ -242,12 +247,17 @@ def _check_rows(settings: Settings, format: AnswerFormat, judgments: Mapping[str
                 ]
                 longest[source] = max(zip(lengths, judgments[source], strict=True), key=lambda pair: pair[0])
             tokens, judgment = longest[source]
-            if tokens > stage.row_tokens:
-                raise ValueError(
-                    f"{name}.row_tokens: {stage.row_tokens} is too small: in data.{source}, query "
-                    f"{judgment.query.query_id!r} with document {judgment.document.doc_id!r} and its answer has "
-                    f"{tokens} tokens; max_document_tokens ({settings.max_document_tokens}) cuts documents"
-                )
+            limits = {
+                f"{name}.row_tokens": stage.row_tokens,
+                f"{stage.model}: max_positions": shapes[stage.model].max_positions,
+            }
+            for key, limit in limits.items():
+                if tokens > limit:
+                    raise ValueError(
+                        f"{key}: {limit} is too small: in data.{source}, query {judgment.query.query_id!r} with "
+                        f"document {judgment.document.doc_id!r} and its answer has {tokens} tokens; "
+                        f"max_document_tokens ({settings.max_document_tokens}) cuts documents"
+                    )
 
 
 def _check_text_rows(settings: Settings, tokenizer: Tokenizer, texts: Mapping[str, list[DomainText]]) -> None:

@@ -107,6 +107,10 @@ def open_inputs(settings: Settings) -> Inputs:
             )
     sessions = [*training.sessions, *held_out.sessions]
     lengths = check_rows(settings, settings.arm, format, sessions, supervised)
+    if (tokens := max(lengths) + rewriter.max_new_tokens) > shape.max_positions:
+        raise ValueError(
+            f"rewriter: the longest prompt and a rewrite have {tokens} tokens, its model {shape.max_positions}"
+        )
     return Inputs(
         training, held_out, supervised, format, shape, mesh, padded(max(lengths)), min(lengths), digests, too_long
     )

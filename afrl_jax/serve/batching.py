@@ -184,9 +184,13 @@ class Batcher:
             return True
         items = [item for work, piece in pieces for item in work.items[piece]]
         salts = [work.salt for work, piece in pieces for _ in work.items[piece]]
-        start = time.perf_counter()
+
+        def score() -> tuple[np.ndarray, float]:  # an explanation may hold the executor: that wait is no scoring
+            start = time.perf_counter()
+            return self._score(items, salts), time.perf_counter() - start
+
         try:
-            rows = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, items, salts)
+            rows, seconds = await asyncio.get_running_loop().run_in_executor(self._executor, score)
         except Exception as error:
             self.failed_in_row += 1
             self._failed(len(items), len(pieces), error)
@@ -194,7 +198,6 @@ class Batcher:
                 pieces[0][0].done.set_exception(error)
             return False
         self.failed_in_row = 0
-        seconds = time.perf_counter() - start
         self._recent = tuple(FORGET * old + new for old, new in zip(self._recent, (len(items), seconds), strict=True))
         self._observe(len(items), seconds)
         begin = 0

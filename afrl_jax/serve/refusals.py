@@ -77,7 +77,7 @@ def key_needed() -> Refused:
     return refused
 
 
-UNFORESEEN = Refused(500, "the service failed on this request; its log has the reason under the request id")
+UNFORESEEN = Refused(500, "the service failed on this request; its log has the reason")
 
 
 def response(refused: Refused) -> JSONResponse:

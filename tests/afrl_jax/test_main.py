@@ -67,6 +67,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ('stages=("text",)', "stages text: none trains a grade"),
         ('stages=("distill",)', "distill: distillation comes after the teacher's last stage"),
         ("sft.row_tokens=150", "sft.row_tokens: 150 is too small: in data.train, query 'train-0-"),
+        ("teacher.shape.max_positions=100", "teacher: max_positions: 100 is too small: in data.train, query 'train-0-"),
         ("text.row_tokens=40", "text.row_tokens: 40 is too small: in data.texts a text has "),
         (
             INSTRUCTION.removeprefix("--config."),

@@ -290,6 +290,10 @@ def test_a_phase_that_finds_no_pairs_says_why(relevance_folder, tmp_path):
             "--config.mpo.row_tokens=32",
             r"mpo\.row_tokens: 32 is too small, \d+ are needed: the prompt of session '",
         ),
+        (
+            "--config.rewriter.shape.max_positions=64",
+            r"rewriter: the longest prompt and a rewrite have \d+ tokens, its m",
+        ),
         ("--config.data.train.weeks=1", r"data\.train: .*weeks"),
         ("--config.evaluation.sessions=train", r"evaluation\.sessions: 'train' are those that are trained on"),
         ("--config.data.train.format=csv", r"data\.train: format: 'csv' is unknown; it is one of clips, log"),
