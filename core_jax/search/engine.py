@@ -11,14 +11,17 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from afrl_jax.schema import Document
 from core_jax.schema import Context
 from core_jax.search.rewrite_store import Found, Refusals, RewriteStore
 from core_jax.search.stages import LAUNCH_B, ORIGINAL, Candidates, Clock, Consumption, Result, Stages, TooLate
+from lm_jax import run_log
 
 T = TypeVar("T")
+WARM_SEARCHES = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,6 +156,18 @@ class Engine:
                     return Found(None, f"store: {type(error).__name__}")
 
         return wait
+
+
+def warm_up(stages: Stages, documents: Sequence[Document]) -> None:
+    """Search for some titles, from one word to all of them: what is compiled meanwhile no search waits for.
+
+    Shapes follow from how many documents are scored and how long they are, so that most are met soon.
+    """
+    titles = [document.title for document in documents if document.title.strip()] or ["?"]
+    for number in run_log.progress(range(WARM_SEARCHES), "compiling", WARM_SEARCHES):
+        query, rewrite = (titles[(number * step) % len(titles)].split() for step in (997, 1009))
+        words = 1 + number % max(len(query), 1)
+        Engine(stages).search(Context(" ".join(query[:words])), rewrite=" ".join(rewrite))
 
 
 class _Busy(Exception):

@@ -49,12 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--recalled", type=at_least(1), default=100, help="recalled for a query (%(default)s)")
     parser.add_argument("--ranked", type=at_least(1), default=30, help="of them scored by the model (%(default)s)")
-    parser.add_argument(
-        "--warm_query_tokens",
-        type=at_least(1),
-        default=32,
-        help="of the longest query that the model is compiled for at start; a longer one waits for it (%(default)s)",
-    )
     parser.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="(%(default)s)")
     args = parse(parser, arguments)
@@ -65,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from afrl_jax.scoring import RelevanceModel
     from core_jax.registry import Registry, golden_self_test, is_registry
-    from core_jax.search.engine import Engine
+    from core_jax.search.engine import Engine, warm_up
     from core_jax.search.finerank import Finerank
     from core_jax.search.rawrank import LightRanker
     from core_jax.search.recall import LexicalRecall
@@ -75,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core_jax.serve.app import make_app
     from core_jax.serve.collection import clips_collection, read_collection, settings_of, world_of
     from core_jax.weekly import KEY, REGISTRY, STORE
+    from lm_jax import run_log
     from lm_jax.program import use_kernels
     from lm_jax.source import locate
 
@@ -115,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         recall, light = server or LexicalRecall(documents), LightRanker(documents)
         stages = Stages(recall, light, Finerank(model), recalled=args.recalled, ranked=args.ranked)
-        model.warm_up(pairs=args.ranked + stages.fusion.added(args.ranked), query_tokens=args.warm_query_tokens)
+        run_log.say("compiling: the first start takes minutes, later ones find what it left")
+        warm_up(stages, documents)
     engine = Engine(
         stages,
         store=store,
