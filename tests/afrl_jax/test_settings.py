@@ -208,7 +208,7 @@ BAD = [
     ("rl.rollouts.weights", [1.0, -1.0, 0.0, 0.0], "weights: (1.0, -1.0, 0.0, 0.0) must be one of at least 0 for each"),
     ("rl.rollouts.weights", [0.0, 0.0, 0.0, 0.0], "weights: (0.0, 0.0, 0.0, 0.0) reward nothing"),
     ("rl.rollouts", {"stepwise": False, "mask": True}, "rl.rollouts.mask: steps are masked, which rollouts.stepwise"),
-    ("sft", {"mixture": {"train": 1.0}, "steps": 3, "label_weight": 0, "explanation_weight": 0}, "there is no loss"),
+    ("sft", {"kind": "sft", "mixture": {"train": 1.0}, "label_weight": 0, "explanation_weight": 0}, "there is no loss"),
     ("instruction.rules", ((0, "x", (0,)),), "instruction.rules: rule number 0 must be at least 1"),
     ("rl.clip_low", 2.0, "rl.clip_low: 2.0 must be between 0 and 1"),
     ("data.train.format", "clips_text", "rl.prompts_from: data.train has texts, where judged pairs are read"),
