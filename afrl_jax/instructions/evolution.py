@@ -268,7 +268,11 @@ def queries_of(judgments: Iterable[Judgment]) -> set[tuple[str, str]]:
 
 
 def split_by_query(judgments: Sequence[Judgment], share: float) -> tuple[list[Judgment], list[Judgment]]:
-    """(first, second): the first `share` of the queries in their order, and the others; no query is in both."""
-    queries = list(dict.fromkeys(judgment.query.query_id for judgment in judgments))
+    """(first, second): the first `share` of the queries in their order, and the others; no query's text is in both."""
+    texts = [one_line(judgment.query.text) for judgment in judgments]
+    queries = list(dict.fromkeys(texts))
     first = set(queries[: round(share * len(queries))])
-    return [j for j in judgments if j.query.query_id in first], [j for j in judgments if j.query.query_id not in first]
+    parts = [], []
+    for judgment, text in zip(judgments, texts, strict=True):
+        parts[text not in first].append(judgment)
+    return parts

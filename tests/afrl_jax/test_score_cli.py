@@ -262,11 +262,17 @@ def test_a_row_that_the_model_finds_no_number_for_is_a_bad_row(tmp_path, tiny_mo
     assert bad["reason"].startswith("row 42: ") and "not numbers" in bad["reason"]
     again = list(read_pairs(write(tmp_path / "bad.jsonl", [bad["values"]])))
     assert again == [numbered[1][1]]  # the same pair
-    too_long = score.score_chunk(model, numbered[:1], False, 0.0, 8, 1)
-    assert too_long[0] == [] and re.search(
-        "row 41: its query .* [0-9]+ tokens; --max_query_tokens is 1", too_long[1][0]["reason"]
-    )
     assert score.score_chunk(model, [numbered[0]] * 2, False, 0.0, 8, 64)[0][0]["grade"] in model.format.labels
+
+
+def test_a_pair_with_too_long_a_query_is_a_bad_row_and_costs_the_others_nothing(tmp_path, tiny_model):
+    model = tiny_model("llama")
+    long = {"query": "chess " * 100, "title": "Chess"}
+    numbered = list(enumerate(read_pairs(write(tmp_path / "pairs.jsonl", [ROWS[0], long])), start=40))
+    rows, (bad,) = score.score_chunk(model, numbered, False, 0.0, 8, 64)
+    assert rows == score.score_chunk(model, numbered[:1], False, 0.0, 8, 64)[0] != []
+    assert re.fullmatch(r"row 42: its query and context have \d{3} tokens; --max_query_tokens is 64", bad["reason"])
+    assert score.score_chunk(model, numbered[1:], False, 0.0, 8, 64) == ([], [bad])
 
 
 def test_an_explanation_that_was_cut_off_says_so(export, tmp_path):

@@ -186,7 +186,7 @@ def test_a_pretrained_model_on_human_judgments(tiny_model, tmp_path, capsys):
     (tmp_path / "guide.json").write_text(json.dumps(guide))
     scale = Scale(("1", "2", "3"))
     for part in ("dev", "held"):
-        queries = [Query(f"{part}{number}", "chess") for number in range(10)]
+        queries = [Query(f"{part}{number}", f"chess {part} {number}") for number in range(10)]
         documents = [Document(f"{part}{number}", f"{'chess' * (number % 2)} kids {number}") for number in range(4)]
         judgments = [Judgment(q, document, 2 * (k % 2)) for q in queries for k, document in enumerate(documents)]
         write_judgments(tmp_path / part, judgments, scale)

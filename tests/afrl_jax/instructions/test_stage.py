@@ -67,7 +67,7 @@ def test_three_data_sets_are_three_that_nothing_else_reads():
     wrong["evolve"]["dev_replay"] = "train"
     with pytest.raises(ValueError, match=r"evolve: data\.train is trained on"):
         read_settings(wrong)
-    wrong["evolve"]["dev_replay"] = wrong["evaluation"]["calibration"]
+    wrong["evolve"]["dev_replay"] = "calibration"
     with pytest.raises(ValueError, match=r"evolve: data\.calibration is evaluation\.calibration"):
         read_settings(wrong)
     wrong["evolve"]["dev_replay"] = "dev_new"
