@@ -146,7 +146,8 @@ def main() -> None:
     seen = np.isfinite(half) and abs(mean) > half
     parts = [
         "# The joint experiment",
-        f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds; the last row is paired by seed.",
+        f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds; the last row is paired by seed."
+        if parsed.seeds > 1 else "One seed, so that there is no interval over seeds.",
         "```\npython -m benchmarks.joint_experiment --workdir=runs/joint --output=docs/studies\n```",
         "Rewriters against the collapsed relevance model are hacked "
         + (("more" if mean > 0 else "less") + " often than against the balanced one." if seen else
