@@ -83,9 +83,14 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def query_text(judgment: Judgment) -> str:
+    """What its query says, whatever the blanks and the Unicode form: by it queries are the same."""
+    return unicodedata.normalize("NFC", one_line(judgment.query.text))
+
+
 def query_texts(judgments: Iterable[Judgment]) -> set[str]:
-    """The texts of their queries, as prompts have them."""
-    return {unicodedata.normalize("NFC", one_line(judgment.query.text)) for judgment in judgments}
+    """`query_text` of each."""
+    return set(map(query_text, judgments))
 
 
 def render_instruction(instruction: Instruction) -> str:

@@ -97,7 +97,6 @@ def predict_judgments(
     uncalibrated = Calibration.identity(found.shape[1]).apply(found)
     known = [judgment.deciding_rule for judgment in judgments]
     rules = np.array([NO_RULE if rule is None else rule for rule in known])
-    numbers: dict[str, int] = {}
     return Predictions(
         query_index=query_numbers(judgments),
         grade=np.array([judgment.grade for judgment in judgments]),
@@ -105,7 +104,7 @@ def predict_judgments(
         decision=model.decision,
         uncalibrated=uncalibrated,
         rule=rules if (rules != NO_RULE).any() else None,
-        document=np.array([numbers.setdefault(judgment.document.doc_id, len(numbers)) for judgment in judgments]),
+        document=np.unique([judgment.document.doc_id for judgment in judgments], return_inverse=True)[1],
         explanation=_explanations(model, judgments, explained_pairs, max_new_tokens, title),
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters, abstract, initialize
 from lm_jax.rows import Group
-from lm_jax.run_folder import DIGESTS, RunFolder, refuse_other_config, refuse_other_data, write_atomically
+from lm_jax.run_folder import RunFolder, refuse_other_config, refuse_other_data
 from lm_jax.shape import cut_layers, evenly_spaced
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
@@ -93,7 +92,7 @@ class Recipe:
         return metrics
 
     def _keep_inputs(self) -> None:
-        write_atomically(self.run.path / DIGESTS, json.dumps(self.digests, indent=2) + "\n")
+        self.run.keep_digests(self.digests)
         folder = self.run.path / "tokenizer"
         if self.settings.tokenizer == "train" and not folder.exists():
             self.format.tokenizer.save(partial := folder.with_name("tokenizer.partial"))

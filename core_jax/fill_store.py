@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     before_jax()
     # Imported here, so that --help and a mistyped argument answer at once.
-    import sqlite3
-
     from core_jax.registry import Registry, golden_self_test, is_registry
     from core_jax.rewriter import Rewriter
     from core_jax.schema import LONGEST_QUERY
@@ -55,10 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refusals = read_refusals(args.unsafe)
         distinct = {session.context.key: session.context for session in read_sessions(args.sessions)}
         contexts = [context for context in distinct.values() if len(context.query) <= LONGEST_QUERY]
-        try:
-            backend = open_backend(args.store, timeout=30.0)
-        except sqlite3.Error as error:
-            raise ValueError(f"--store: {args.store}: {error}") from error
+        backend = open_backend(args.store, timeout=30.0)
         store = RewriteStore(backend, read_secret(args.secret), refusals=refusals)
         store.check()
         rewriter = Rewriter.load(registry.path(version), dtype=args.dtype)

@@ -106,7 +106,8 @@ def open_inputs(settings: Settings) -> Inputs:
                 "rewriter.max_new_tokens, and are left out"
             )
     sessions = [*training.sessions, *held_out.sessions]
-    lengths = check_rows(settings, settings.arm, format, sessions, supervised)
+    lengths = prompt_lengths(format, sessions)
+    check_rows(settings, settings.arm, format, sessions, lengths, supervised)
     if (tokens := max(lengths) + rewriter.max_new_tokens) > shape.max_positions:
         raise ValueError(
             f"rewriter: the longest prompt and a rewrite have {tokens} tokens, its model {shape.max_positions}"
@@ -212,22 +213,24 @@ def _check_batches(settings: Settings, mesh: Mesh | None) -> None:
             raise ValueError(f"{key} is {rows}, which the mesh's {parts} parts of a batch must divide")
 
 
+def prompt_lengths(format: RewriteFormat, sessions: Sequence[SearchSession]) -> list[int]:
+    """Tokens of each session's prompt."""
+    return [len(prompt) for prompt in format.encode_prompts([session.context for session in sessions])]
+
+
 def check_rows(
     settings: Settings,
     arm: str,
     format: RewriteFormat,
     sessions: Sequence[SearchSession],
+    lengths: Sequence[int],
     supervised: Mapping[str, list[Group]],
-) -> list[int]:
-    """The longest pair, group or example of a stage must fit into its rows.
-
-    Returns:
-        Tokens of each session's prompt.
+) -> None:
+    """The longest pair, group or example of a stage must fit into its rows; `lengths` are those of the prompts.
 
     Raises:
         ValueError: names the key, and the session.
     """
-    lengths = [len(prompt) for prompt in format.encode_prompts([session.context for session in sessions])]
     place = int(np.argmax(lengths))
     answers = {"mpo": 2, "grpo": settings.grpo.group}[arm] * settings.rewriter.max_new_tokens
     query = format.length(sessions[place].context.query)
@@ -247,4 +250,3 @@ def check_rows(
     for name, (tokens, said) in needed.items():
         if tokens > (found := getattr(settings, name).row_tokens):
             raise ValueError(f"{name}.row_tokens: {found} is too small, {tokens} are needed: {said}")
-    return lengths

@@ -7,7 +7,6 @@ sessions that it is not trained on; a finished stage is skipped.
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from core_jax.search.trial import Trial
 from core_jax.settings import Settings, TrainSettings
 from lm_jax import lora, run_log, train_state
 from lm_jax.parameters import Parameters, abstract, initialize
-from lm_jax.run_folder import DIGESTS, RunFolder, refuse_other_config, refuse_other_data, write_atomically
+from lm_jax.run_folder import RunFolder, refuse_other_config, refuse_other_data
 from lm_jax.token_loss import Objective
 from lm_jax.train_loop import BatchAt, fit
 from lm_jax.weights import read_weights
@@ -64,7 +63,7 @@ class Recipe:
     def run(self) -> RunFolder:
         """The run's folder, which appears when it is first asked for: others may check more of the config before."""
         folder = RunFolder(self._workdir, self.config)
-        write_atomically(folder.path / DIGESTS, json.dumps(self.inputs.digests, indent=2) + "\n")
+        folder.keep_digests(self.inputs.digests)
         return folder
 
     @property

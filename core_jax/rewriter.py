@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from afrl_jax.batch_plan import rounded_width
 from afrl_jax.schema import Document
 from core_jax.ratio_reward import Rewrite
 from core_jax.rewrite_format import RewriteFormat, Template
@@ -171,7 +172,7 @@ class Rewriter:
         rows, targets = self._rows, _up(max(map(len, rewrites), default=1))
         found = np.zeros((2, len(prompts)))
         for block in self._blocks(texts):
-            width = _size(len(texts[block[-1]]))
+            width = rounded_width(len(texts[block[-1]]))
             arrays = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "groups")}
             arrays |= {name: np.zeros((rows, targets), np.int32) for name in ("at", "target", "on")}
             for row, place in enumerate(block):
@@ -209,7 +210,7 @@ class Rewriter:
 
     def _sampler(self, longest_prompt: int) -> InProcess:
         return InProcess(
-            self.format, self.config, max_new_tokens=self.max_new_tokens, prompt_tokens=_size(longest_prompt),
+            self.format, self.config, max_new_tokens=self.max_new_tokens, prompt_tokens=rounded_width(longest_prompt),
             rows=self._rows, dtype=self.dtype,
         )  # fmt: skip
 
@@ -251,15 +252,6 @@ def _token_figures(parameters: Parameters, batch, *, config: DecoderConfig, dtyp
 
 def _up(length: int) -> int:
     return -(-length // _LENGTHS) * _LENGTHS
-
-
-def _size(length: int) -> int:
-    """The least of 32, 64, 96, 128, 192, 256, 384, ... that is not below: ten sizes up to 1024."""
-    power = _LENGTHS
-    while power < length:
-        power *= 2
-    smaller = power * 3 // 4
-    return smaller if length <= smaller and smaller % _LENGTHS == 0 else power
 
 
 def _context(fields: Mapping[str, Any]) -> Context:

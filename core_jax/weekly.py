@@ -34,7 +34,7 @@ from core_jax.evaluation import Evaluated, evaluate
 from core_jax.gate import GATES, Measurements, Verdict
 from core_jax.gate_report import write_gate_report
 from core_jax.incidents import INCIDENTS, Incident
-from core_jax.inputs import Inputs, Sessions, check_rows, example_groups, open_sessions, padded
+from core_jax.inputs import Inputs, Sessions, check_rows, example_groups, open_sessions, padded, prompt_lengths
 from core_jax.phases import NoPairs, Phase
 from core_jax.recipe import GOLDEN, START, Recipe, make_sampler
 from core_jax.registry import MOVES, Registry, golden_self_test
@@ -351,7 +351,8 @@ def _fitting(recipe: Recipe, some: Sequence[Sessions]) -> Inputs:
     """
     inputs = recipe.inputs
     sessions = [session for each in some for session in each.sessions]
-    lengths = check_rows(recipe.settings, "mpo", inputs.format, sessions, {})
+    lengths = prompt_lengths(inputs.format, sessions)
+    check_rows(recipe.settings, "mpo", inputs.format, sessions, lengths, {})
     stage, most = recipe.settings.supervised, max(lengths) - 1 + recipe.settings.rewriter.max_new_tokens
     taught = [name for name in recipe.settings.weekly.incidents.values() if INCIDENTS[name].text]
     if taught and most > stage.row_tokens:

@@ -46,6 +46,10 @@ class RunFolder:
 
         on_primary("run folder", begin)
 
+    def keep_digests(self, digests: Mapping[str, str]) -> None:
+        """What `refuse_other_data` compares the next start's with. One process calls it."""
+        write_atomically(self.path / DIGESTS, json.dumps(digests, indent=2) + "\n")
+
     def checkpoints(self, stage: str) -> Path:
         """Where the checkpoints of a running stage are."""
         return self.path / "checkpoints" / stage

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afrl_jax.answer_format import one_line
+from afrl_jax.answer_format import query_text
 from afrl_jax.instructions import recheck
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.edits import Edit, EditError, Kind, apply, words
@@ -264,15 +264,11 @@ def first_queries(judgments: Sequence[Judgment], pairs: int) -> list[Judgment]:
 
 def queries_of(judgments: Iterable[Judgment]) -> set[tuple[str, str]]:
     """(id, text) of their queries: two data sets may number theirs alike."""
-    return {(judgment.query.query_id, one_line(judgment.query.text)) for judgment in judgments}
+    return {(judgment.query.query_id, query_text(judgment)) for judgment in judgments}
 
 
 def split_by_query(judgments: Sequence[Judgment], share: float) -> tuple[list[Judgment], list[Judgment]]:
     """(first, second): the first `share` of the queries in their order, and the others; no query's text is in both."""
-    texts = [one_line(judgment.query.text) for judgment in judgments]
-    queries = list(dict.fromkeys(texts))
+    queries = list(dict.fromkeys(map(query_text, judgments)))
     first = set(queries[: round(share * len(queries))])
-    parts = [], []
-    for judgment, text in zip(judgments, texts, strict=True):
-        parts[text not in first].append(judgment)
-    return parts
+    return [j for j in judgments if query_text(j) in first], [j for j in judgments if query_text(j) not in first]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import queue
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -21,7 +22,7 @@ from core_jax.search.stages import LAUNCH_B, ORIGINAL, Candidates, Clock, Consum
 from lm_jax import run_log
 
 T = TypeVar("T")
-WARM_SEARCHES = 32
+WARM_SEARCHES = 32  # no search met a new shape after so many, in the world of clips
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,11 +164,11 @@ def warm_up(stages: Stages, documents: Sequence[Document]) -> None:
 
     Shapes follow from how many documents are scored and how long they are, so that most are met soon.
     """
+    engine, draw = Engine(stages), random.Random(0)
     titles = [document.title for document in documents if document.title.strip()] or ["?"]
-    for number in run_log.progress(range(WARM_SEARCHES), "compiling", WARM_SEARCHES):
-        query, rewrite = (titles[(number * step) % len(titles)].split() for step in (997, 1009))
-        words = 1 + number % max(len(query), 1)
-        Engine(stages).search(Context(" ".join(query[:words])), rewrite=" ".join(rewrite))
+    for _ in run_log.progress(range(WARM_SEARCHES), "compiling", WARM_SEARCHES):
+        words = draw.choice(titles).split()
+        engine.search(Context(" ".join(words[: draw.randint(1, len(words))])), rewrite=draw.choice(titles))
 
 
 class _Busy(Exception):

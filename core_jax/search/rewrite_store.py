@@ -107,8 +107,15 @@ class Redis:
 
 
 def open_backend(url: str, *, timeout: float = 1.0) -> Backend:
-    """`redis://host:port/0` (or rediss://, unix://) is a server, anything else the path of an SQLite file."""
-    return Redis(url, timeout=timeout) if is_server(url) else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
+    """`redis://host:port/0` (or rediss://, unix://) is a server, anything else the path of an SQLite file.
+
+    Raises:
+        ValueError: the address is that of no store that is known.
+        ConnectionError: the file cannot be opened.
+    """
+    server = is_server(url)
+    with _as_connection_error():
+        return Redis(url, timeout=timeout) if server else SQLite(url.removeprefix("sqlite:///"), timeout=timeout)
 
 
 def is_server(url: str) -> bool:

@@ -53,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8001, help="(%(default)s)")
     args = parse(parser, arguments)
     # Imported here, so that --help and a mistyped argument answer at once.
-    import sqlite3
-
     import uvicorn
 
     from afrl_jax.scoring import RelevanceModel
@@ -100,10 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             documents, examples = clips_collection(args.clips_week, **world)
         store = version = None
         if args.store:
-            try:
-                store = RewriteStore(open_backend(args.store), args.secret.read_bytes(), refusals=refusals)
-            except sqlite3.Error as error:
-                raise ValueError(f"--store: {args.store}: {error}") from error
+            store = RewriteStore(open_backend(args.store), args.secret.read_bytes(), refusals=refusals)
             version = Registry(args.registry, golden_self_test).production
         model = RelevanceModel.load(
             args.model, instruction=zero_shot_instruction(args.labels, args.task), dtype=args.dtype

@@ -194,6 +194,22 @@ def test_many_promote_at_once_and_the_log_is_one_chain(of, tmp_path):
     assert of.production() == records[-1]["to"]
 
 
+def test_a_relevance_model_is_no_rewriter(tmp_path, relevance_folder):
+    of = Registry(tmp_path / "registry", registry.golden_self_test)
+    version = of.publish(relevance_folder, **WHO)
+    with pytest.raises(
+        RegistryError, match=r"does not pass its self-test: .* is no rewriter: it has no rewriter\.json"
+    ):
+        of.promote(version, **WHO)
+    assert of.production() is None
+
+
+def test_a_folder_that_is_no_registry_stays_as_it_is(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        registry.main([f"--registry={tmp_path}", "history"])
+    assert "--registry: there is none in" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_the_command_line_goes_back_with_one_command(of, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(registry, "golden_self_test", passes)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from afrl_jax.schema import Document
 from core_jax.relevance import BM25Relevance
 from core_jax.schema import Context
-from core_jax.search.engine import Engine
+from core_jax.search.engine import Engine, warm_up
 from core_jax.search.fusion import Fusion
 from core_jax.search.rawrank import LightRanker
 from core_jax.search.recall import LexicalRecall
@@ -273,17 +273,25 @@ def test_a_rewrite_that_takes_too_long_to_consume_changes_nothing(stages):
     assert in_time.results == Engine(stages).search(Context(QUERY), rewrite="poker").results != plain.results
 
 
-def test_a_search_that_is_late_already_asks_nothing_for_its_rewrite(stages):
-    asked = []
-
+def test_a_search_that_is_late_already_begins_nothing_for_its_rewrite(stages, monkeypatch):
     class Slow(Deterministic):
         def __call__(self, pairs):
-            asked.append({query for query, _ in pairs})
             time.sleep(0.02)
             return super().__call__(pairs)
 
+    begun = []
+    monkeypatch.setattr("threading.Thread.start", begun.append)
     response = Engine(dataclasses.replace(stages, relevance=Slow()), patience=0.01).search(Context(QUERY), rewrite="po")
-    assert response.reason == "consumed too late" and asked == [{QUERY}]
+    assert response.reason == "consumed too late" and not begun
+
+
+@pytest.mark.parametrize("title", ["", "chess kids german tutorial"])
+def test_the_warm_up_searches_for_some_words_of_titles_and_with_whole_ones(stages, title):
+    relevance = Deterministic()
+    warm_up(dataclasses.replace(stages, relevance=relevance), [Document("d", title), Document("e", "poker")])
+    queries = {query for call in relevance.calls for query, _ in call}
+    words = title.split()
+    assert queries == {"poker", *(" ".join(words[:count]) for count in range(1, len(words) + 1))}
 
 
 def test_a_rewrite_that_is_given_up_begins_no_other_stage(stages):
