@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Hashable, Sequence
 
+from lm_jax.rows import rounded_width
+
 SMALLEST_ROW = 64
 PREFIXES = 16  # of one batch at most: each is copied for it
 LOOK_AHEAD = 32  # items that a gap at the end of a row is offered to
@@ -35,12 +37,6 @@ class Batch:
     def shape(self) -> tuple[int, ...]:
         """All that decides what is compiled: B, T, W, U, P."""
         return len(self.rows), self.tokens, self.width, self.slots, self.prefixes
-
-
-def rounded_width(length: int) -> int:
-    """The least of 32, 48, 64, 96, 128, 192, ... that holds `length`: two sizes an octave."""
-    octave = max(32, 1 << (length - 1).bit_length())
-    return octave * 3 // 4 if octave > 32 and length <= octave * 3 // 4 else octave
 
 
 def row_sizes(budget: int) -> list[int]:

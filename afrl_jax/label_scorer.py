@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from afrl_jax.answer_format import PromptTokens
-from afrl_jax.batch_plan import Batch, plan, rounded_width, shapes
+from afrl_jax.batch_plan import Batch, plan, shapes
 from afrl_jax.bounded_cache import BoundedCache
 from afrl_jax.label_step import in_dtype, prefill_suffixes, score_suffixes
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
+from lm_jax.rows import rounded_width
 from lm_jax.shared_prefix import Block, Suffixes, empty_block
 from sharding.distributed import batch_parts
 

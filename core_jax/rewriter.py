@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from afrl_jax.batch_plan import rounded_width
 from afrl_jax.schema import Document
 from core_jax.ratio_reward import Rewrite
 from core_jax.rewrite_format import RewriteFormat, Template
@@ -32,6 +31,7 @@ from kernels import products
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Decoder
 from lm_jax.parameters import Parameters
+from lm_jax.rows import rounded_width
 from lm_jax.run_folder import replace_folder
 from lm_jax.tokenizer import Tokenizer
 from lm_jax.weights import read_weights, weights_digest, write_weights

@@ -24,6 +24,12 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 
 
+def rounded_width(length: int) -> int:
+    """The least of 32, 48, 64, 96, 128, 192, ... that holds `length`: two sizes an octave."""
+    octave = max(32, 1 << (length - 1).bit_length())
+    return octave * 3 // 4 if octave > 32 and length <= octave * 3 // 4 else octave
+
+
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """Input tokens and the targets predicted at the last `len(targets)` of them, unless `at` says where.

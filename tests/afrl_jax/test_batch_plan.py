@@ -4,7 +4,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from afrl_jax.batch_plan import PREFIXES, plan, rounded_width, row_sizes, shapes, slots_of
+from afrl_jax.batch_plan import PREFIXES, plan, row_sizes, shapes, slots_of
+from lm_jax.rows import rounded_width
 
 ITEMS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 40), st.sampled_from("ab")), min_size=1, max_size=120)
 

@@ -219,6 +219,15 @@ def test_a_spoilt_weight_is_refused(tampered):
     RelevanceModel.load(tampered, check=False)
 
 
+def test_other_weights_are_refused_though_they_score_alike(tampered):
+    tensors = load_file(tampered / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name] * np.float32(1 + 1e-6)
+    save_file(tensors, tampered / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(relevance_file.GoldenMismatch, match="weights_digest is "):
+        RelevanceModel.load(tampered)
+
+
 def test_weights_that_are_not_finite_are_refused(tampered):
     tensors = load_file(tampered / "model.safetensors")
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)

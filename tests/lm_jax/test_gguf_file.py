@@ -99,6 +99,17 @@ def test_gguf_of_an_unknown_architecture_is_named(tmp_path):
         read_weights(tmp_path / "model.gguf")
 
 
+def test_a_scaled_rope_without_a_type_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3")
+    writer.add_rope_scaling_factor(4.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"qwen3\.rope\.scaling\.type='linear' is not supported"):
+        read_weights(tmp_path / "model.gguf")
+
+
 def test_every_argmax_over_real_text_agrees_with_transformers_own_gguf_loader(smollm2_gguf):
     """SmolLM2-135M over 2,000 tokens of English, the repository's licence."""
     from transformers.utils import logging

@@ -205,6 +205,10 @@ def test_dev_new_shares_no_query_with_what_checks_it(ideal, sets, tmp_path):
                            tmp_path, second=read_the_words)  # fmt: skip
     one, two = split_by_query(sets["dev_new"], 0.5)
     assert not {j.query.query_id for j in one} & {j.query.query_id for j in two}
+    renumbered = [
+        dataclasses.replace(j, query=dataclasses.replace(j.query, query_id="z" + j.query.query_id)) for j in one
+    ]
+    assert split_by_query([*sets["dev_new"], *renumbered], 0.5) == ([*one, *renumbered], two)
     assert first_queries(sets["dev_new"], 20) == sets["dev_new"][:18]  # three queries of six
     assert first_queries(sets["dev_new"], 1) == sets["dev_new"][:6]
     assert one + two == sets["dev_new"] and len({j.query.query_id for j in one}) == 45
