@@ -143,8 +143,10 @@ def _train_tokenizer(
     judgments: Mapping[str, list[Judgment]],
     texts: Mapping[str, list[DomainText]],
 ) -> Tokenizer:
-    corpus = [text.text for some in texts.values() for text in some[:TOKENIZER_TEXTS]]
-    for judgment in itertools.chain.from_iterable(rows[:TOKENIZER_TEXTS] for rows in judgments.values()):
+    """Of what the stages train on alone: pairs that measure or calibrate have no say in which merges are learned."""
+    trained_on = sorted(set().union(*map(sources_of, settings.stages)))
+    corpus = [text.text for name in trained_on for text in texts.get(name, [])[:TOKENIZER_TEXTS]]
+    for judgment in itertools.chain.from_iterable(judgments.get(name, [])[:TOKENIZER_TEXTS] for name in trained_on):
         corpus += plain_texts(_graded(judgment), instruction, show_rules=settings.show_rules)
     return train_tokenizer(corpus, settings.vocabulary)
 

@@ -71,6 +71,15 @@ def test_pairs_that_are_measured_on_and_learned_are_refused(opened, more, told):
         opened(**more)
 
 
+def test_a_trained_tokenizer_learns_from_what_is_trained_on_alone(opened):
+    """Merges of words that only test or calibration pairs hold would be knowledge of them."""
+    own = {"tokenizer": "train", "vocabulary": 320}
+    first = opened(own).format.tokenizer.encode("zyxzyxzyx")
+    assert opened(own, dev=judged("y", *["zyxzyxzyx"] * 50)).format.tokenizer.encode("zyxzyxzyx") == first
+    assert opened(own, calibration=judged("y", *["zyxzyxzyx"] * 50)).format.tokenizer.encode("zyxzyxzyx") == first
+    assert len(opened(own, train=judged("y", *["zyxzyxzyx"] * 50)).format.tokenizer.encode("zyxzyxzyx")) < len(first)
+
+
 def test_weights_that_know_other_tokens_are_refused(opened, tmp_path, causal, tiny_tokenizer):
     other, same, none = (tmp_path / name for name in ("other", "same", "none"))
     train_tokenizer(["grade: alone, the dev and the query of a document"] * 3, 290).save(other)
