@@ -13,17 +13,19 @@ from afrl_jax.schema import Instruction
 from lm_jax.bootstrap import Difference
 
 METRIC = "macro_f1"
+RARE = -2  # stands for the rules of few pairs, all together
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """When an edit stands: `METRIC` on dev_new rises with two-sided bootstrap p of at most `p`, and no rule's recall on
-    dev_replay, of the rules that decide at least `least_pairs` there, falls by more than `epsilon` below what it is now
-    or was with the base instruction. Where data have no rules, grades stand for them."""
+    dev_replay falls by more than `epsilon` below what it is now or was with the base instruction. Rules that decide
+    fewer than `least_pairs` there are looked at together: below 1 / epsilon a single pair would decide. Where data have
+    no rules, grades stand for them."""
 
     p: float = 0.1
     epsilon: float = 0.1
-    least_pairs: int = 5
+    least_pairs: int = 10
     most_words: int = 400  # of all rules: the length budget
     resamples: int = 1000
 
@@ -61,13 +63,16 @@ def rises(before: Predictions, after: Predictions, rule: Rule, *, shortens: bool
 
 
 def worst_fall(before: Predictions, after: Predictions, least_pairs: int) -> tuple[int, float] | None:
-    """The rule whose recall fell most and by how much (negative: even it rose); None where no rule has enough pairs."""
-    right_before, right_after = before.predicted == before.grade, after.predicted == after.grade
-    falls = []
-    for number in np.unique(before.rule):
-        of_rule = before.rule == number
-        if of_rule.sum() >= least_pairs:
-            falls.append((float(right_before[of_rule].mean() - right_after[of_rule].mean()), int(number)))
+    """The rule whose recall fell most and by how much (negative: even it rose); the rules of fewer pairs count as one,
+    RARE. None where there are not even so many pairs together."""
+    lost = (before.predicted == before.grade) * 1.0 - (after.predicted == after.grade)
+    _, place, counts = np.unique(before.rule, return_inverse=True, return_counts=True)
+    rule = np.where(counts[place] >= least_pairs, before.rule, RARE)
+    falls = [
+        (float(lost[rule == number].mean()), int(number))
+        for number in np.unique(rule)
+        if np.sum(rule == number) >= least_pairs
+    ]
     return max(falls)[::-1] if falls else None
 
 
@@ -81,9 +86,9 @@ def keeps(verdict: Verdict, befores: Sequence[Predictions], after: Predictions, 
     falls = [worst_fall(before, after, rule.least_pairs) for before in befores]
     worst = max((fall for fall in falls if fall), key=lambda fall: fall[1], default=None)
     if worst and worst[1] > rule.epsilon:
-        what = (
-            f"rule {worst[0]}" if (after.rule != after.grade).any() else f"the grade at place {worst[0]} of the scale"
-        )
+        judged_by_rules = (after.rule != after.grade).any()
+        what = f"rule {worst[0]}" if judged_by_rules else f"the grade at place {worst[0]} of the scale"
+        what = what if worst[0] != RARE else f"the {'rules' if judged_by_rules else 'grades'} of few pairs"
         reason = f"recall of {what} on dev_replay falls by {worst[1]:.3f}"
         return dataclasses.replace(verdict, accepted=False, reason=reason, worst=worst)
     return dataclasses.replace(verdict, worst=worst)

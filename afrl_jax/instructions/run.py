@@ -88,7 +88,7 @@ class EvolutionSettings:
     least_cluster: int = 3
     p: float = 0.1
     epsilon: float = 0.1
-    least_pairs: int = 5
+    least_pairs: int = 10
     most_words: int = 400
     resamples: int = 1000
     control: bool = True  # the same loop with as many random edits
