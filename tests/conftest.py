@@ -13,16 +13,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # plans for TPU topologies compile without asking for a TPU's metadata
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns at every fork of a process that has tokenized
-# Most of the suite's time is compiling small programs for CPU, which takes half as long without LLVM's optimizations.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from tests import quick_compiling  # noqa: E402, F401
 
 # A property holds or does not; how long it takes says something of the machine and what else it does.
 hypothesis.settings.register_profile("tests", deadline=None)

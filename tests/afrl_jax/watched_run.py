@@ -27,6 +27,7 @@ import jax  # noqa: E402
 
 from afrl_jax import export, main  # noqa: E402
 from lm_jax import run_folder, run_log, train_loop  # noqa: E402
+from tests import quick_compiling  # noqa: E402, F401
 
 
 def die():

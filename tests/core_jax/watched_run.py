@@ -21,6 +21,7 @@ import jax
 
 from core_jax import main, phases
 from lm_jax import run_folder, run_log
+from tests import quick_compiling  # noqa: F401
 
 
 def die():

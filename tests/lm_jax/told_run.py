@@ -29,6 +29,7 @@ from lm_jax.train_loop import fit  # noqa: E402
 from lm_jax.train_state import Step, TrainState, create  # noqa: E402
 from sharding import distributed, rules  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
+from tests import quick_compiling  # noqa: E402, F401
 
 OPTIMIZER = optax.adam(0.1)
 mesh = make_mesh()

@@ -10,6 +10,7 @@ from sharding import distributed
 distributed.start()
 
 from sharding.mesh import AXES  # noqa: E402
+from tests import quick_compiling  # noqa: E402, F401
 
 first, second = jax.local_devices(process_index=0), jax.local_devices(process_index=1)
 mesh = jax.sharding.Mesh(np.array([first[0], second[0], first[1], second[1]]).reshape(1, 4, 1), AXES)

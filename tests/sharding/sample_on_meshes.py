@@ -14,6 +14,7 @@ from lm_jax.parameters import initialize, shardings  # noqa: E402
 from lm_jax.sample import sample  # noqa: E402
 from sharding.distributed import place_batch  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
+from tests import quick_compiling  # noqa: E402, F401
 
 CONFIG = DecoderConfig("qwen3", 96, 32, 1, 4, 2, 8, 64, qk_norm=True, tied_head=False)
 MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")

@@ -13,6 +13,7 @@ from afrl_jax.label_scorer import LabelScorer  # noqa: E402
 from lm_jax.config import DecoderConfig  # noqa: E402
 from lm_jax.parameters import initialize, shardings  # noqa: E402
 from sharding.mesh import make_mesh  # noqa: E402
+from tests import quick_compiling  # noqa: E402, F401
 
 CONFIG = DecoderConfig("qwen3", 96, 32, 2, 4, 2, 8, 64, qk_norm=True)
 MESHES = ("data=8", "fsdp=4,tensor=2")
