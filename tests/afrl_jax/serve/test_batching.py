@@ -63,6 +63,19 @@ def test_a_full_batch_does_not_wait():
     assert found == [1, 4, 9, 16]
 
 
+def test_the_wait_for_an_explanation_to_end_is_no_scoring():
+    """Else one that holds the executor would make the service believe it scores slowly, and refuse what it can do."""
+
+    async def story(batcher, submit):
+        explaining = asyncio.get_running_loop().run_in_executor(batcher._executor, time.sleep, 0.5)
+        await submit([1])
+        await explaining
+        return batcher.expected_seconds(1)
+
+    found, _ = run(story, Counting(0.01))
+    assert 0.01 <= found < 0.25
+
+
 @pytest.mark.parametrize(
     ("deadline", "pause", "batches"),
     [

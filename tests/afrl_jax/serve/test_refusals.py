@@ -31,6 +31,8 @@ WRONG = [
     (RERANK, GOOD | {"documents": ["a"] * 9}, "documents", "9 of them; 1 to 8"),
     (RERANK, GOOD | {"documents": ["a", "b" * 50_001]}, "documents[1]", "50000 are allowed"),
     (RERANK, GOOD | {"documents": ["a", {"note": "\udfff"}]}, "documents[1]", "surrogate"),
+    (RERANK, GOOD | {"documents": [{"t": "a", "n": "b" * 50_000}], "rank_fields": ["t"]}, "documents[0]", "50003"),
+    (RERANK, GOOD | {"documents": [{"text": "a", "n" * 50_000: ""}]}, "documents[0]", "50000 are allowed"),
     (RERANK, GOOD | {"query": " \n"}, "query", "empty"),
     (RERANK, GOOD | {"documents": [{"text": "b", "n": "\ud800"}], "rank_fields": ["text"]}, "documents[0]", "surroga"),
     (RERANK, GOOD | {"documents": ["a", {"text": "b"}], "rank_fields": ["note"]}, "documents[1]", "none of the rank"),
@@ -185,18 +187,33 @@ def test_settings_that_cannot_be(tmp_path):
             Settings(**wrong)
 
 
-def test_before_the_model_is_there(serving, slow_scorer):
-    loaded = threading.Event()
+def test_before_the_model_is_there_it_is_told_why(serving, slow_scorer, caplog):
+    caplog.set_level(logging.INFO, "afrl_jax.serve")
+    loaded, compiling, compiled = threading.Event(), threading.Event(), threading.Event()
+
+    class Compiling(slow_scorer):
+        def warm_up(self, pairs, query_tokens):
+            compiling.set()
+            compiled.wait(timeout=10)
 
     def load():
         loaded.wait(timeout=10)
-        return slow_scorer()
+        return Compiling()
 
     with serving(load, wait=False) as server:
         assert server.get("/health").status_code == 200
         for response in (server.get("/ready"), server.post(RERANK, GOOD), server.get("/info")):
-            assert refused(response, 503, "not_ready") and response.headers["retry-after"] == "1"
+            error = refused(response, 503, "not_ready")
+            assert "being loaded" in error["message"] and response.headers["retry-after"] == "1"
+        assert "compiling" not in caplog.text
         loaded.set()
+        assert compiling.wait(timeout=10)
+        error = refused(server.post(RERANK, GOOD), 503, "not_ready")
+        assert "is loaded and being compiled, minutes at the first start" in error["message"]
+        assert [json.loads(record.message)["event"] for record in caplog.records if "compil" in record.message] == [
+            "compiling"
+        ]
+        compiled.set()
         while server.get("/ready").status_code != 200:
             time.sleep(0.01)
         assert server.post(RERANK, GOOD).status_code == 200
