@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
             },
             "stages": ("text", "sft", "rl", "student_text", "distill"),
             "text": {**text, "steps": 600},
-            "sft": {"kind": "sft", "mixture": mixture, "steps": 680, "learning_rate": 8e-4, "warmup": 0.02, **pairs},
+            "sft": {"kind": "sft", "mixture": mixture, "steps": 800, "learning_rate": 8e-4, "warmup": 0.02, **pairs},
             "rl": {
                 "kind": "rl", "prompts_from": "practice", "experts_from": "expert", "steps": 12, "learning_rate": 2e-5,
                 "schedule": "linear", "arm": "decay", "save_every": 10,

@@ -88,6 +88,7 @@ def test_initialization_is_the_same_on_a_mesh_and_lives_sharded(tmp_path):
         from lm_jax.config import preset
         from lm_jax.parameters import initialize, shardings
         from sharding.mesh import make_mesh
+        from tests import quick_compiling  # as in this process: the same bits are asked for
         fields = dict(vocab_size=96, embed=64, layers=4, query_heads=8, kv_heads=4, head_size=8, ffn=128)
         config, mesh = preset("qwen2.5-0.5b", **fields), make_mesh("fsdp=4,tensor=2")
         parameters = initialize(config, 0, mesh)
