@@ -18,7 +18,7 @@ import numpy as np
 from afrl_jax.answer_format import PromptTokens
 from afrl_jax.batch_plan import Batch, plan, shapes
 from afrl_jax.bounded_cache import BoundedCache
-from afrl_jax.label_step import compile_together, in_dtype, prefill_suffixes, score_suffixes
+from afrl_jax.label_step import in_dtype, prefill_suffixes, score_suffixes
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters
 from lm_jax.rows import rounded_width
@@ -157,16 +157,13 @@ class LabelScorer:
         most = self._batch_tokens if prompts is None else min(self._batch_tokens, prompts * document_tokens)
         base, rows = self._head if len(self._head_tokens) else self._empty, self._devices()
         prefixes = [padded(base.length + query) for query in range(1, query_tokens + 1)]
-        of_queries = shapes(rows, longest=query_tokens, budget=PREFILL_TOKENS)
-        of_queries = [shape for shape in of_queries if shape.prefixes == 1]  # the head
-        runs: list[tuple[Batch, Prefix, int | None]] = []
         for size in dict.fromkeys(prefixes):
-            runs += [(shape, base, size) for shape in of_queries]
+            for shape in shapes(rows, longest=query_tokens, budget=PREFILL_TOKENS):
+                if shape.prefixes == 1:  # the head
+                    self._run(shape, [], [base], size=size)
             prefix = self._computed(base, size)
-            runs += [(shape, prefix, None) for shape in shapes(rows, longest=document_tokens, budget=most)]
-        compile_together([self._call(shape, [], [prefix], size) for shape, prefix, size in runs])
-        for shape, prefix, size in runs:
-            jax.block_until_ready(self._run(shape, [], [prefix], size=size))
+            for shape in shapes(rows, longest=document_tokens, budget=most):
+                jax.block_until_ready(self._run(shape, [], [prefix]))
 
     def warm_up_prefill(self, *, document_tokens: int, query_tokens: int) -> list[Prefix]:
         """Compile every shape that `prefill` of one such prompt can meet.
@@ -176,18 +173,14 @@ class LabelScorer:
         """
         base, rows = self._head if len(self._head_tokens) else self._empty, self._devices()
         prefixes = [padded(base.length + query) for query in range(1, query_tokens + 1)]
-        widths = sorted({rounded_width(document) for document in range(1, document_tokens + 1)})
-        runs = []
+        widths = {rounded_width(document) for document in range(1, document_tokens + 1)}
+        found = {}
         for size in dict.fromkeys(prefixes):
             prefix = self._computed(base, size)
-            for width in widths:
+            for width in sorted(widths):
                 (shape,) = plan([width], [0], [0], budget=PREFILL_TOKENS, rows=rows)
-                runs.append((_without_items(shape), prefix, _whole(size, width)))
-        compile_together([self._call(shape, [], [prefix], size) for shape, prefix, size in runs])
-        found = {}
-        for shape, prefix, size in runs:
-            _, blocks = self._run(shape, [], [prefix], size=size)
-            found[size] = Prefix(jax.block_until_ready(blocks[0]), 0)
+                _, blocks = self._run(_without_items(shape), [], [prefix], size=_whole(size, width))
+                found[_whole(size, width)] = Prefix(jax.block_until_ready(blocks[0]), 0)
         return [found[size] for size in sorted(found)]
 
     def _computed(self, base: Prefix, size: int) -> Prefix:
@@ -263,18 +256,6 @@ class LabelScorer:
 
         `prefixes` are those of `batch.items`, or the one of a batch without items.
         """
-        call = self._call(batch, tokens, prefixes, size)
-        self._shapes.add((batch.shape, prefixes[0].size, size))
-        computed = sum(len(tokens[item]) for item in batch.items)
-        self.counts.batches += 1
-        self.counts.computed += computed
-        self.counts.padding += len(batch.rows) * batch.tokens - computed
-        return call()
-
-    def _call(
-        self, batch: Batch, tokens: Sequence[np.ndarray], prefixes: Sequence[Prefix], size: int | None
-    ) -> functools.partial:
-        """The jitted step of a batch with all its arguments; those of `_run`."""
         used = list(dict.fromkeys(prefixes))
         number_of = {prefix: number for number, prefix in enumerate(used)}
         numbers = iter([number_of[prefix] for prefix in prefixes])
@@ -290,11 +271,15 @@ class LabelScorer:
                 start += len(tokens[item])
         prefix_lengths = np.array([prefix.length for prefix in used], np.int32)
         suffixes = Suffixes(tokens_BT, lengths_BU, prefix_of_BU, prefix_lengths)
-        given = (self.parameters, self._labels, suffixes, [prefix.block for prefix in used])
+        blocks = [prefix.block for prefix in used]
+        self._shapes.add((batch.shape, used[0].size, size))
+        self.counts.batches += 1
+        self.counts.computed += int(lengths_BU.sum())
+        self.counts.padding += tokens_BT.size - int(lengths_BU.sum())
         fixed = {"config": self.config, "width": batch.width}
         if size is None:
-            return functools.partial(score_suffixes, *given, **fixed)
-        return functools.partial(prefill_suffixes, *given, **fixed, size=size)
+            return score_suffixes(self.parameters, self._labels, suffixes, blocks, **fixed)
+        return prefill_suffixes(self.parameters, self._labels, suffixes, blocks, **fixed, size=size)
 
     def _count(self, prompts: Sequence[PromptTokens]) -> None:
         self.counts.prompts += len(prompts)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +67,6 @@ def _read_labels(decoder: SharedPrefixDecoder, residual_BTD, labels_CD, suffixes
     read = on_each_device(read, axes, ("batch", None, None))
     logprobs_BUC = read(residual_BTD, jnp.maximum(suffixes.ends - 1, 0), decoder.final_norm[...], labels_CD)
     return constrain(logprobs_BUC, (None, None, None))  # every process reads all of it
-
-
-def compile_together(calls: Iterable[functools.partial]) -> None:
-    """Compile calls of jitted functions, as many at once as the machine has cores; called later, they only run.
-
-    They are traced one after the other, but the compiler leaves Python's lock alone.
-    """
-    lowered = [call.func.lower(*call.args, **call.keywords) for call in calls]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(one.compile) for one in lowered]:
-            done.result()
 
 
 def trace_step(

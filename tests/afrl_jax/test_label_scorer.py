@@ -133,17 +133,11 @@ def test_nothing_is_compiled_after_warming_up(make, prompts, tiny_format):
     prompts = [prompt for prompt in prompts if len(prompt.document) <= 32]
     longest = max(len(prompt.document) for prompt in prompts)
     query = max(len(prompt.prefix) for prompt in prompts) - len(tiny_format.head_tokens)
-    steps = (label_step.score_suffixes, label_step.prefill_suffixes)
-    known, names = sum(step._cache_size() for step in steps), []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, fun_name="", **rest: names.append(fun_name) if "backend_compile" in event else None
-    )
     scorer.warm_up(document_tokens=longest, query_tokens=query)
     sizes = {whole.size for whole in scorer.warm_up_prefill(document_tokens=longest, query_tokens=query)}
     before, computed = scorer.compilations, scorer.counts.computed
+    steps = (label_step.score_suffixes, label_step.prefill_suffixes)
     compiled = [step._cache_size() for step in steps]
-    ours = [name for name in names if "suffixes" in name]
-    assert len(ours) == sum(compiled) - known >= before  # each once: what was compiled with others is found by its call
     assert computed == len(tiny_format.head_tokens)
     random = np.random.default_rng(3)
     for count in (1, 3, 8, len(prompts)):
