@@ -2,8 +2,8 @@
 
 Left to itself a TPU rounds float32 operands to bf16, and a GPU to TF32: what was computed in float32 on one of them
 would not be found again on a CPU. The compiler is therefore told to keep them, which takes a TPU 2.0 (v6e) to 3.4
-times (v5e) as long by its compiler's estimate. Who wants speed computes in bf16, of which a product is
-one pass everywhere.
+times (v5e) as long by its compiler's estimate. Who wants speed computes in bf16, of which a product is one pass
+everywhere.
 """
 
 from __future__ import annotations

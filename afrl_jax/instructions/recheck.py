@@ -68,12 +68,14 @@ def worst_fall(before: Predictions, after: Predictions, least_pairs: int) -> tup
     lost = (before.predicted == before.grade) * 1.0 - (after.predicted == after.grade)
     _, place, counts = np.unique(before.rule, return_inverse=True, return_counts=True)
     rule = np.where(counts[place] >= least_pairs, before.rule, RARE)
-    falls = [
-        (float(lost[rule == number].mean()), int(number))
-        for number in np.unique(rule)
-        if np.sum(rule == number) >= least_pairs
-    ]
+    numbers, sizes = np.unique(rule, return_counts=True)
+    falls = [(float(lost[rule == number].mean()), int(number)) for number in numbers[sizes >= least_pairs]]
     return max(falls)[::-1] if falls else None
+
+
+def rule_name(number: int) -> str:
+    """How a report names it."""
+    return "the rules of few pairs" if number == RARE else f"rule {number}"
 
 
 def keeps(verdict: Verdict, befores: Sequence[Predictions], after: Predictions, rule: Rule) -> Verdict:
@@ -86,9 +88,8 @@ def keeps(verdict: Verdict, befores: Sequence[Predictions], after: Predictions, 
     falls = [worst_fall(before, after, rule.least_pairs) for before in befores]
     worst = max((fall for fall in falls if fall), key=lambda fall: fall[1], default=None)
     if worst and worst[1] > rule.epsilon:
-        judged_by_rules = (after.rule != after.grade).any()
-        what = f"rule {worst[0]}" if judged_by_rules else f"the grade at place {worst[0]} of the scale"
-        what = what if worst[0] != RARE else f"the {'rules' if judged_by_rules else 'grades'} of few pairs"
+        of_a_grade = worst[0] != RARE and (after.rule == after.grade).all()
+        what = f"the grade at place {worst[0]} of the scale" if of_a_grade else rule_name(worst[0])
         reason = f"recall of {what} on dev_replay falls by {worst[1]:.3f}"
         return dataclasses.replace(verdict, accepted=False, reason=reason, worst=worst)
     return dataclasses.replace(verdict, worst=worst)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from afrl_jax.evaluation import Predictions, evaluate_predictions
 from afrl_jax.instructions.edits import words
 from afrl_jax.instructions.evolution import NEW, REPLAY, Proposal, Round
-from afrl_jax.instructions.recheck import RARE
+from afrl_jax.instructions.recheck import rule_name
 from afrl_jax.schema import Instruction
 from lm_jax import report_page, report_pictures
 from lm_jax.bootstrap import Figure
@@ -220,12 +220,11 @@ def _proposal_cells(proposal: Proposal, done: Round) -> list[str]:
     cluster = done.clusters[proposal.cluster] if 0 <= proposal.cluster < len(done.clusters) else None
     about = f"{cluster.cause}: {len(cluster.members)} pairs" if cluster else ""
     change, worst = verdict.difference, verdict.worst
-    rule = "" if not worst else "rules of few pairs" if worst[0] == RARE else f"rule {worst[0]}"
     return [
         report_page.named(f"{edit.kind} {said}", f"{place} {edit.other}".strip()),
         html.escape(about),
         f"{change.value:+.3f}<small>p {change.p:.3f}</small>" if change else "–",
-        f"{worst[1]:+.3f}<small>{rule}</small>" if worst else "–",
+        f"{worst[1]:+.3f}<small>{rule_name(worst[0])}</small>" if worst else "–",
         "<b>stands</b>" if verdict.accepted else html.escape(verdict.reason),
     ]
 
