@@ -33,7 +33,7 @@ from afrl_jax.rollouts import RolloutSource, repeat_updates
 from afrl_jax.schema import Judgment
 from afrl_jax.scoring import RelevanceModel
 from afrl_jax.settings import DistillStage, EvolveStage, ModelSettings, RLStage, Settings, Stage, TextStage
-from afrl_jax.stage_steps import stage_objective, stage_step
+from afrl_jax.stage_steps import stage_learning_rate, stage_objective, stage_step
 from lm_jax import lora, run_log, train_state
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import Parameters, abstract, initialize
@@ -145,6 +145,7 @@ class Recipe:
             step=step,
             batch_at=batch_at,
             coefficients=coefficients,
+            learning_rate=stage_learning_rate(stage),
             steps=stage.steps,
             folder=self.run.checkpoints(name),
             log=log,

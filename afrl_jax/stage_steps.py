@@ -43,21 +43,20 @@ def _rl_objective(stage: RLStage) -> tuple[Objective, Coefficients]:
     return objective, coefficients
 
 
+def stage_learning_rate(stage: Stage) -> Callable[[int], float]:
+    """Step -> learning rate of a stage."""
+    return optimizer.learning_rate_schedule(
+        stage.learning_rate, stage.steps, warmup=stage.warmup, schedule=stage.schedule, final=stage.final_learning_rate
+    )
+
+
 def stage_step(
     stage: Stage, config: DecoderConfig, objective: Objective, label_ids: tuple[int, ...], settings: Settings
 ) -> tuple[optax.GradientTransformation, train_state.Step]:
     """The optimizer and the jitted step of a stage that trains a model of this shape."""
-    schedule = optimizer.learning_rate_schedule(
-        stage.learning_rate,
-        stage.steps,
-        warmup=stage.warmup,
-        schedule=stage.schedule,
-        final=stage.final_learning_rate,
-    )
     transformation = optimizer.make_optimizer(
-        config, schedule, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip,
-        dtype=stage.optimizer_dtype,
-    )  # fmt: skip
+        config, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip, dtype=stage.optimizer_dtype
+    )
     step = train_state.make_step(
         config,
         objective,

@@ -34,7 +34,7 @@ from afrl_jax.inputs import open_inputs
 from afrl_jax.instructions.client import LocalModel
 from afrl_jax.schema import DomainText, Judgment
 from afrl_jax.settings import read_settings
-from afrl_jax.stage_steps import stage_objective, stage_step
+from afrl_jax.stage_steps import stage_learning_rate, stage_objective, stage_step
 from benchmarks import studies
 from lm_jax import report_pictures, train_state
 from lm_jax.parameters import Parameters, abstract
@@ -152,7 +152,8 @@ def reason_first(config: Mapping[str, Any], workdir: Path) -> Predictions:
         parameters = read_weights(settings.teacher.source)[1] if held is None else held
         state = fit(
             stage=name, state=train_state.create(parameters, transformation), step=step,
-            batch_at=batches.in_order(dataset), coefficients=coefficients, steps=stage.steps,
+            batch_at=batches.in_order(dataset), coefficients=coefficients,
+            learning_rate=stage_learning_rate(stage), steps=stage.steps,
             folder=run.checkpoints(name), log=log, save_every=stage.save_every, mesh=None,
         )  # fmt: skip
         held = state.parameters

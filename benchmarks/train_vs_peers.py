@@ -64,6 +64,7 @@ FIRST = 10  # token ids below are left to special tokens
 MPO_WEIGHTS, BETA = (0.8, 0.2, 1.0), 0.1
 GRPO_TERMS = {"policy": 1.0, "exact": 0.0, "sft/label": 0.0, "sft/explanation": 0.0}
 SFT_TERMS = {"sft/label": 0.0, "sft/explanation": 1.0, "sft/ordinal": 0.0}
+LEARNING_RATE = 1e-6
 LABELS = (1, 2)  # of the objectives' label terms, which have no part here
 
 
@@ -82,7 +83,7 @@ class OurSide:
         self, config: DecoderConfig, parameters: Parameters, objective: Objective, terms: Mapping[str, float],
         batch: Batch, dtype: str,
     ):  # fmt: skip
-        optimizer = make_optimizer(config, lambda step: 1e-6, weight_decay=0.0, clip=1.0)
+        optimizer = make_optimizer(config, weight_decay=0.0, clip=1.0)
         self.steps = train_state.make_step(config, objective, optimizer, label_ids=LABELS, dtype=dtype)
         self.state = train_state.create(jax.tree.map(jnp.copy, parameters), optimizer)
         self.batch, self.terms = batch, dict(terms)
@@ -94,7 +95,7 @@ class OurSide:
     def step(self) -> float:
         """Seconds of one step."""
         began = time.perf_counter()
-        self.state, metrics = self.steps.update(self.state, self.batch, self.terms)
+        self.state, metrics = self.steps.update(self.state, self.batch, self.terms, LEARNING_RATE)
         jax.block_until_ready(metrics)
         return time.perf_counter() - began
 
@@ -260,7 +261,7 @@ class OurMPO(OurSide):
         shape = mpo.row_shape(2 * (prompt - 1 + 2 * rewrite), prompt, rewrite)
         rows = [[(n, (0, 1)), (n + 1, (0, 1))] for n in range(0, len(pairs), 2)]
         self.batch = stack([render_row(groups, row, shape) for row in rows])
-        optimizer = make_optimizer(config, lambda step: 1e-6, weight_decay=0.0, clip=1.0)
+        optimizer = make_optimizer(config, weight_decay=0.0, clip=1.0)
         self.steps = mpo.make_step(config, optimizer, beta=BETA, delta="none", dtype=dtype)
         self.state = mpo.create(jax.tree.map(jnp.copy, parameters), optimizer)
         self.terms = dict(zip(mpo.TERMS, MPO_WEIGHTS, strict=True))

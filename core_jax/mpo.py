@@ -174,6 +174,7 @@ def make_objective(beta: float) -> Objective:
     return Objective(sums, denominators)
 
 
+@functools.lru_cache(maxsize=1)  # every phase runs the same program
 def make_step(
     config: DecoderConfig,
     optimizer: optax.GradientTransformation,
@@ -190,10 +191,10 @@ def make_step(
     )  # no grade is read here: label id 0 stands for none
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: MPOState, batch, coefficients):
+    def update(state: MPOState, batch, coefficients, learning_rate=1.0):
         batch = with_delta(batch, state.delta)
         trained = TrainState(state.step, state.parameters, state.optimizer)
-        trained, metrics = step.update(trained, batch, coefficients)
+        trained, metrics = step.update(trained, batch, coefficients, learning_rate)
         metrics["delta"] = state.delta
         new, seen = state.delta, state.rewards_seen
         if delta == "running":

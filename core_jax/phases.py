@@ -15,11 +15,12 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
 from afrl_jax.data import batches
 from core_jax import mpo
@@ -256,7 +257,7 @@ class Phase:
     def train(self, parameters: Parameters, groups: Sequence[Group]) -> tuple[Parameters, int]:
         """The policy after `mpo.steps` steps on the pairs, and how many updates its train state counted."""
         settings = self.settings.mpo
-        transformation = make_optimizer(self.inputs.shape, settings, settings.steps)
+        transformation = make_optimizer(self.inputs.shape, settings)
         parameters = jax.tree.map(lambda x: x.copy(), parameters)  # the step donates them, the caller's stay
         parameters = adapted(parameters, settings, self.inputs, self.settings, self.seed)
         sources = [(groups, 1.0 - settings.rehearsal), *self._rehearsed()]
@@ -271,6 +272,7 @@ class Phase:
             ),
             batch_at=batches.in_order(dataset),
             coefficients=lambda step: weights,
+            learning_rate=learning_rate(settings, settings.steps),
             steps=settings.steps,
             folder=self.run.checkpoints(self.name),
             log=self.log,
@@ -307,13 +309,15 @@ def adapted(parameters: Parameters, stage: TrainSettings, inputs: Inputs, settin
     )  # fmt: skip
 
 
-def make_optimizer(shape: DecoderConfig, stage: TrainSettings, steps: int):
-    """The optimizer of a stage of so many steps."""
-    schedule = optimizer.learning_rate_schedule(
+def make_optimizer(shape: DecoderConfig, stage: TrainSettings) -> optax.GradientTransformation:
+    """The optimizer of a stage."""
+    return optimizer.make_optimizer(shape, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip)
+
+
+def learning_rate(stage: TrainSettings, steps: int) -> Callable[[int], float]:
+    """Step -> learning rate of a stage of so many steps."""
+    return optimizer.learning_rate_schedule(
         stage.learning_rate, steps, warmup=stage.warmup, schedule=stage.schedule, final=stage.final_learning_rate
-    )
-    return optimizer.make_optimizer(
-        shape, schedule, kind=stage.optimizer, weight_decay=stage.weight_decay, clip=stage.clip
     )
 
 

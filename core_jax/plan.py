@@ -100,7 +100,7 @@ def _mpo(settings: Settings, config: DecoderConfig, mesh: Mesh) -> Iterator[Prog
         stage.rows * shape.tokens,
         "tokens",
     )
-    transformation = make_optimizer(config, stage, stage.steps)
+    transformation = make_optimizer(config, stage)
     state = _state(stage, settings, config, mesh)
     scalar = jax.ShapeDtypeStruct((), np.float32)
     yield training(
@@ -139,7 +139,7 @@ def _update(
     name: str, stage: TrainSettings, objective: Objective, terms: Sequence[str], shape: RowShape, settings: Settings,
     config: DecoderConfig, mesh: Mesh,
 ) -> Program:  # fmt: skip
-    transformation = make_optimizer(config, stage, 1)  # how many steps there are decides numbers, not programs
+    transformation = make_optimizer(config, stage)
 
     def make_step(remat: str) -> train_state.Step:
         return train_state.make_step(
@@ -155,4 +155,4 @@ def _state(stage: TrainSettings, settings: Settings, config: DecoderConfig, mesh
     weights = lora.abstract_attached(
         config, rank=stage.lora_rank, targets=stage.lora_targets, dtype=settings.dtype, mesh=mesh
     )
-    return train_state.abstract_state(weights, make_optimizer(config, stage, 1))
+    return train_state.abstract_state(weights, make_optimizer(config, stage))

@@ -21,7 +21,7 @@ from afrl_jax.sft import TERMS as SFT_TERMS
 from core_jax import grpo
 from core_jax.evaluation import Evaluated, evaluate
 from core_jax.inputs import Inputs, open_inputs
-from core_jax.phases import Phase, adapted, make_optimizer
+from core_jax.phases import Phase, adapted, learning_rate, make_optimizer
 from core_jax.relevance import BM25Relevance, DeployedRelevance, Relevance
 from core_jax.report import write_report
 from core_jax.rewriter import Rewriter, export_weights
@@ -189,7 +189,7 @@ class Recipe:
         """Train one stage to its end in the run's folder; the parameters that it began with are given up."""
         self.held = None
         settings, shape = self.settings, self.inputs.shape
-        transformation = make_optimizer(shape, stage, steps)
+        transformation = make_optimizer(shape, stage)
         parameters = adapted(parameters, stage, self.inputs, settings, settings.seed)
         state = fit(
             stage=name,
@@ -200,6 +200,7 @@ class Recipe:
             ),  # no grade is read here: label id 0 stands for none
             batch_at=batch_at,
             coefficients=lambda step: coefficients,
+            learning_rate=learning_rate(stage, steps),
             steps=steps,
             folder=self.run.checkpoints(name),
             log=log,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,30 +15,39 @@ import optax.contrib
 from lm_jax.config import DecoderConfig
 from lm_jax.parameters import decay_mask, table
 
-SCHEDULES = ("constant", "linear", "cosine")
+# Share of a stage after its warm-up, share of the peak to end at -> share of the peak.
+_AFTER_WARMUP: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda gone, final: 1.0,
+    "linear": lambda gone, final: 1.0 - (1.0 - final) * gone,
+    "cosine": lambda gone, final: final + (1.0 - final) * (1.0 + math.cos(math.pi * gone)) / 2,
+}
+SCHEDULES = tuple(_AFTER_WARMUP)
 OPTIMIZERS = ("adamw", "muon")
 
 
 def learning_rate_schedule(
     peak: float, steps: int, *, warmup: float, schedule: str, final: float = 0.0
-) -> optax.Schedule:
-    """Linear warm-up over `warmup` (a share of `steps`), then `schedule` down to `final` * peak at the last step."""
+) -> Callable[[int], float]:
+    """Linear warm-up over `warmup` (a share of `steps`), then `schedule` down to `final` * peak at the last step.
+
+    Computed on the host: the rate is an argument of the train step, so stages that differ in it alone share a program.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}")
     rising = max(1, round(warmup * steps))
     falling = max(1, steps - rising)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, final * peak, falling),
-        "cosine": optax.cosine_decay_schedule(peak, falling, alpha=final),
-    }
-    if schedule not in after:
-        raise ValueError(f"unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}")
-    up = optax.linear_schedule(peak / rising, peak, max(1, rising - 1))
-    return optax.join_schedules([up, after[schedule]], [rising - 1])
+
+    def rate(step: int) -> float:
+        if step < rising:
+            return peak * (step + 1) / rising
+        return peak * _AFTER_WARMUP[schedule](min(1.0, (step + 1 - rising) / falling), final)
+
+    return rate
 
 
+@functools.cache
 def make_optimizer(
     config: DecoderConfig,
-    schedule: optax.Schedule,
     *,
     kind: str = "adamw",
     weight_decay: float,
@@ -45,7 +57,7 @@ def make_optimizer(
     epsilon: float = 1e-8,
     dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), or Muon; weight decay leaves norms and biases alone.
+    """AdamW (Loshchilov & Hutter 2019), or Muon, at a learning rate of 1; weight decay leaves norms and biases alone.
 
     "muon" (Jordan et al. 2024) orthogonalizes the updates of the layers' matrices, scaled to the size of AdamW's
     (Liu et al. 2025, arXiv 2502.16982), and leaves all else to AdamW with Nesterov momentum. It is for models trained
@@ -60,7 +72,7 @@ def make_optimizer(
         return {name: decayed.get(name, True) for name in parameters}  # adapters are matrices
 
     if kind == "adamw":
-        update = optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
+        update = optax.adamw(1.0, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)
     else:
         axes = {}
         for name, row in table(config).items():
@@ -72,7 +84,7 @@ def make_optimizer(
             -1.0, adam_b1=b1, adam_b2=b2, eps=epsilon, muon_weight_dimension_numbers=axes, consistent_rms=0.2
         )
         decay = optax.add_decayed_weights(weight_decay, mask)
-        update = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
+        update = optax.chain(direction, decay, optax.scale_by_learning_rate(1.0))
     if dtype != "float32":
         update = stored_in(dtype, update)
     return optax.chain(optax.clip_by_global_norm(clip), update)

@@ -120,7 +120,7 @@ def training(
     held = {"weights": state.parameters, "optimizer": state.optimizer, "batch": batch, **(beside or {})}
 
     def trace(remat: str) -> Any:
-        return make_step(remat).update.trace(state, batch, weights)
+        return make_step(remat).update.trace(state, batch, weights, jax.ShapeDtypeStruct((), np.float32))
 
     flops = training_flops(state.parameters, shape, rows)
     return Program(name, trace, held, rows * shape.tokens, "tokens", tuple(beside or ()), model_flops=flops)

@@ -36,6 +36,7 @@ def fit(
     step: Step,
     batch_at: BatchAt,
     coefficients: Callable[[int], Mapping[str, float]],
+    learning_rate: Callable[[int], float],
     steps: int,
     folder: Path,
     log: run_log.RunLog,
@@ -45,9 +46,9 @@ def fit(
 ) -> TrainState:
     """Train from `state`, whose arrays are given up, to step `steps`, resuming from the newest checkpoint in `folder`.
 
-    Batches and coefficients are functions of the step number (and of the state, where rollouts are drawn from it), so a
-    resumed run sees what the uninterrupted one would have seen. Records carry the `seconds` that the stage has taken,
-    those before a resume included, and no metric that is NaN: its step had no data for it.
+    Batches, coefficients and learning rates are functions of the step number (and of the state, where rollouts are
+    drawn from it), so a resumed run sees what the uninterrupted one would have seen. Records carry the `seconds` that
+    the stage has taken, those before a resume included, and no metric that is NaN: its step had no data for it.
 
     Args:
         together: steps that share what was drawn from the state before the first of them. Told to stop, the loop ends
@@ -95,10 +96,11 @@ def fit(
         for number in run_log.progress(range(start, steps), stage, steps, start):
             batch, host = batch_at(state, number)
             tokens = int((batch["groups"] > 0).sum()) * distributed.share(mesh)[1]
-            state, metrics = step.update(state, distributed.place_batch(batch, mesh), dict(coefficients(number)))
+            rate = learning_rate(number)
+            state, metrics = step.update(state, distributed.place_batch(batch, mesh), dict(coefficients(number)), rate)
             if pending is not None:
                 record(*pending)
-            pending = (number, metrics, host, tokens)
+            pending = (number, metrics, {**host, "learning_rate": rate}, tokens)
             done = number + 1
             stopping = distributed.stop.wanted() and done % together == 0
             if (done % save_every == 0 and done < steps) or stopping:

@@ -32,7 +32,8 @@ class TrainState:
 class Step(NamedTuple):
     """A train step's two jitted functions."""
 
-    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch, coefficients); donates the state
+    # (state, batch, coefficients, learning rate = 1); donates the state
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     gradients: Callable[..., tuple[Parameters, dict[str, jax.Array]]]  # (parameters, batch, coefficients); no update
 
 
@@ -61,6 +62,7 @@ def abstract_state(parameters: Any, optimizer: optax.GradientTransformation) -> 
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32), same, moments)
 
 
+@functools.lru_cache(maxsize=1)  # stages that differ in data, steps and rate share a program; older ones are let go
 def make_step(
     config: DecoderConfig,
     objective: token_loss.Objective,
@@ -71,11 +73,12 @@ def make_step(
     dtype: str = "float32",
     remat: str = "none",
 ) -> Step:
-    """The jitted train step of an objective: `update(state, batch, coefficients)` -> (state, metrics).
+    """The jitted train step of an objective: `update(state, batch, coefficients, learning_rate)` -> (state, metrics).
 
-    The batch's rows are split into `micro_batches` that run one after the other; sums and gradients are accumulated and
-    divided once, so their number changes memory and nothing else. The state is donated. A mean of no data is NaN, and
-    adds exactly 0 to the loss.
+    What the optimizer makes of a gradient is applied times the learning rate, 1 where none is given. The batch's rows
+    are split into `micro_batches` that run one after the other; sums and gradients are accumulated and divided once, so
+    their number changes memory and nothing else. The state is donated. A mean of no data is NaN, and adds exactly 0 to
+    the loss.
     """
 
     def gradients(parameters: Parameters, batch, coefficients):
@@ -114,10 +117,11 @@ def make_step(
         return gradient, means
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch, coefficients):
+    def update(state: TrainState, batch, coefficients, learning_rate=1.0):
         gradient, metrics = gradients(state.parameters, batch, coefficients)
         before = trained(state.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
+        updates = jax.tree.map(lambda x: learning_rate * x, updates)
         parameters = state.parameters | optax.apply_updates(before, updates)
         metrics["grad_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, parameters, optimizer_state), metrics

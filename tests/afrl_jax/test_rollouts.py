@@ -52,7 +52,7 @@ def state_of(format, scale: float = 1.0) -> train_state.TrainState:
 
 def metrics_of(format, drawn: RolloutSource, batch, **options) -> dict[str, float]:
     config, parameters = model(format.tokenizer.vocab_size)
-    transformation = optimizer.make_optimizer(config, lambda step: 1e-3, weight_decay=0.0, clip=1.0)
+    transformation = optimizer.make_optimizer(config, weight_decay=0.0, clip=1.0)
     objective = make_objective(**options)
     step = train_state.make_step(config, objective, transformation, label_ids=format.label_ids)
     terms = {"policy": 1.0, "exact": 1.0, "sft/label": 0.5, "sft/explanation": 0.5}
@@ -216,7 +216,7 @@ def test_a_group_without_variance_gives_exactly_no_gradient(format, monkeypatch)
     samples = answers_of(format, drawn, [["0", "1", "2", "3"]])  # nothing parses
     batch, _ = with_answers(drawn, monkeypatch, samples).batch(state_of(format), 0)
     config, parameters = model(format.tokenizer.vocab_size)
-    transformation = optimizer.make_optimizer(config, lambda step: 1e-3, weight_decay=0.0, clip=1.0)
+    transformation = optimizer.make_optimizer(config, weight_decay=0.0, clip=1.0)
     step = train_state.make_step(config, make_objective(), transformation, label_ids=format.label_ids)
     gradient, _ = step.gradients(
         parameters, batch, {"policy": 1.0, "exact": 1.0, "sft/label": 0.5, "sft/explanation": 0.5}
@@ -338,7 +338,7 @@ def test_rehearsal_of_bare_judgments_keeps_right_labels(format, monkeypatch):
 def test_a_stage_compiles_sampling_scoring_and_the_step_once(format):
     config, parameters = model(format.tokenizer.vocab_size)
     drawn = source(format, reference=parameters, group=3)
-    transformation = optimizer.make_optimizer(config, lambda step: 1e-3, weight_decay=0.0, clip=1.0)
+    transformation = optimizer.make_optimizer(config, weight_decay=0.0, clip=1.0)
     step = train_state.make_step(config, make_objective(kl=True), transformation, label_ids=format.label_ids)
     state = train_state.create({name: x.copy() for name, x in parameters.items()}, transformation)
     compiled = sample._cache_size()

@@ -45,7 +45,7 @@ def test_an_unknown_schedule_is_named():
 
 def first_update(gradient, parameters, **changes):
     arguments = {"weight_decay": 0.0, "clip": 1.0} | changes
-    optimizer = make_optimizer(CONFIG, lambda step: 0.5, **arguments)
+    optimizer = make_optimizer(CONFIG, **arguments)
 
     @jax.jit
     def update(gradient, parameters):
@@ -63,7 +63,7 @@ def test_weight_decay_leaves_norms_and_biases_alone(kind):
     assert decayed == {"embed", "query", "key", "value", "output", "gate", "up", "down", "head"}
     assert {name for name in table(CONFIG) if "norm" in name or "bias" in name} == table(CONFIG).keys() - decayed
     for name in decayed:
-        np.testing.assert_allclose(updates[name], -0.5 * 0.1 * parameters[name], rtol=1e-6)
+        np.testing.assert_allclose(updates[name], -0.1 * parameters[name], rtol=1e-6)
 
 
 def random_gradient(parameters, seed=0) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def random_gradient(parameters, seed=0) -> dict[str, np.ndarray]:
 
 def test_clipping_is_by_the_global_norm_and_adam_is_adam():
     parameters = initialize(CONFIG, 0)
-    optimizer = make_optimizer(CONFIG, lambda step: 0.5, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.99, epsilon=1.0)
+    optimizer = make_optimizer(CONFIG, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.99, epsilon=1.0)
     update = jax.jit(optimizer.update)
     state, mean, square = optimizer.init(parameters), 0.0, 0.0
     for step in (1, 2):
@@ -83,11 +83,11 @@ def test_clipping_is_by_the_global_norm_and_adam_is_adam():
         updates, state = update(gradient, state, parameters)
         clipped = gradient["up"] / norm
         mean, square = 0.9 * mean + 0.1 * clipped, 0.99 * square + 0.01 * clipped**2
-        expected = -0.5 * mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1.0)
+        expected = -mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1.0)
         np.testing.assert_allclose(updates["up"], expected, rtol=1e-4, atol=1e-8)
     small = {name: 0.5 * x / norm for name, x in gradient.items()}  # of norm 1/2: not clipped
     found = first_update(small, parameters, b1=0.0, b2=0.0, epsilon=1.0)["up"]
-    np.testing.assert_allclose(found, -0.5 * small["up"] / (np.abs(small["up"]) + 1.0), rtol=1e-4)
+    np.testing.assert_allclose(found, -small["up"] / (np.abs(small["up"]) + 1.0), rtol=1e-4)
 
 
 def test_muon_makes_the_updates_of_layer_matrices_orthogonal_and_as_large_as_adams():
@@ -105,16 +105,16 @@ def test_muon_makes_the_updates_of_layer_matrices_orthogonal_and_as_large_as_ada
             # Five Newton-Schulz steps leave singular values between .7 and 1.2 of the same.
             assert strengths.max() / strengths.min() < 2.0, name
             assert before.max() / before.min() > strengths.max() / strengths.min()
-            assert np.sqrt((update**2).mean()) == pytest.approx(0.5 * 0.2, rel=0.3), name
+            assert np.sqrt((update**2).mean()) == pytest.approx(0.2, rel=0.3), name
     for name in ("embed", "head", "final_norm", "query_bias", "ffn_norm"):
         # Adam's first step is the gradient's sign; Nesterov momentum looks one step ahead.
         ahead = 0.9 * 0.1 / (1 - 0.9**2) + 1.0
-        np.testing.assert_allclose(updates[name], -0.5 * ahead * np.sign(gradient[name]), rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(updates[name], -ahead * np.sign(gradient[name]), rtol=1e-3, err_msg=name)
 
 
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="unknown optimizer 'sgd'; known are adamw, muon"):
-        make_optimizer(CONFIG, lambda step: 0.5, kind="sgd", weight_decay=0.0, clip=1.0)
+        make_optimizer(CONFIG, kind="sgd", weight_decay=0.0, clip=1.0)
 
 
 def test_moments_in_bfloat16_leave_the_constants_of_muon_alone():
@@ -122,7 +122,7 @@ def test_moments_in_bfloat16_leave_the_constants_of_muon_alone():
     gradient = {name: 0.01 * jax.random.normal(jax.random.key(3), x.shape) for name, x in start.items()}
     updates = []
     for dtype in ("float32", "bfloat16"):
-        transformation = make_optimizer(CONFIG, lambda step: 1e-2, kind="muon", weight_decay=0.0, clip=1.0, dtype=dtype)
+        transformation = make_optimizer(CONFIG, kind="muon", weight_decay=0.0, clip=1.0, dtype=dtype)
         updates.append(transformation.update(gradient, transformation.init(start), start)[0])
     for name, x in updates[0].items():  # all moments are 0 before the first step
         np.testing.assert_array_equal(updates[1][name], x, err_msg=name)
@@ -133,7 +133,7 @@ def test_moments_in_bfloat16_give_nearly_the_same_step():
     gradient = {name: 0.01 * jax.random.normal(jax.random.key(3), x.shape) for name, x in start.items()}
     updates = {}
     for dtype in ("float32", "bfloat16"):
-        transformation = make_optimizer(CONFIG, lambda step: 1e-2, weight_decay=0.0, clip=1.0, dtype=dtype)
+        transformation = make_optimizer(CONFIG, weight_decay=0.0, clip=1.0, dtype=dtype)
         state = transformation.init(start)
         for _ in range(3):
             updates[dtype], state = transformation.update(gradient, state, start)

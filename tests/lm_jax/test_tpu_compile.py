@@ -72,7 +72,7 @@ def check(compiled, copies: float, besides: int = 0):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_train_step_compiles(mesh, kind):
     objective, terms, shape = OBJECTIVES[kind]
-    transformation = optimizer.make_optimizer(CONFIG, lambda step: 1e-3, weight_decay=0.1, clip=1.0)
+    transformation = optimizer.make_optimizer(CONFIG, weight_decay=0.1, clip=1.0)
     step = train_state.make_step(
         CONFIG, objective, transformation, label_ids=LABELS, micro_batches=2, dtype="bfloat16", remat="full"
     )

@@ -32,11 +32,12 @@ def make_step() -> Step:
     """A step of a toy model that has the interface of `make_step`, and donates its state as that does."""
 
     @jax.jit(donate_argnums=0)
-    def update(state, batch, coefficients):
+    def update(state, batch, coefficients, learning_rate):
         gradient, metrics = gradients(state.parameters, batch, coefficients)
         updates, moments = OPTIMIZER.update(gradient, state.optimizer)
         metrics["grad_norm"] = optax.tree.norm(gradient)
-        return TrainState(state.step + 1, optax.apply_updates(state.parameters, updates), moments), metrics
+        parameters = {name: x + learning_rate * updates[name] for name, x in state.parameters.items()}
+        return TrainState(state.step + 1, parameters, moments), metrics
 
     return Step(update, gradients)
 
@@ -62,6 +63,7 @@ def run(folder, steps=11, save_every=3, batch_at=batch_at, step=None):
             step=step or make_step(),
             batch_at=batch_at,
             coefficients=lambda step: {"fit": 1.0 + 0.1 * step},
+            learning_rate=lambda step: 1.0 / (1 + step),
             steps=steps,
             folder=folder / "checkpoints",
             log=log,
@@ -129,16 +131,17 @@ def test_a_resumed_run_ends_with_the_same_bits_and_one_record_a_step(tmp_path, u
     found = records(tmp_path)
     assert [record["step"] for record in found] == list(range(11))
     for mine, theirs in zip(found, expected, strict=True):
-        for name in ("stage", "step", "loss", "grad_norm", "reward"):
+        for name in ("stage", "step", "loss", "grad_norm", "reward", "learning_rate"):
             assert mine[name] == theirs[name]
+        assert mine["learning_rate"] == 1.0 / (1 + mine["step"])
         assert mine["tokens_per_second"] > 0
 
 
 def test_a_metric_without_data_is_left_out_of_the_log(tmp_path):
     step = make_step()
 
-    def update(state, batch, coefficients):
-        state, metrics = step.update(state, batch, coefficients)
+    def update(*arguments):
+        state, metrics = step.update(*arguments)
         return state, metrics | {"of_nothing": jnp.float32(0) / 0, "of_something": jnp.float32(0)}
 
     run(tmp_path, steps=2, step=Step(update, gradients))
@@ -164,7 +167,7 @@ def test_told_to_stop_it_ends_after_steps_that_belong_together(tmp_path, monkeyp
         log = RunLog(folder)
         return fit(
             stage="toy", state=first_state(), step=make_step(), batch_at=thirds, coefficients=lambda step: {"fit": 1.0},
-            steps=11, folder=folder / "checkpoints", log=log, save_every=6, together=3,
+            learning_rate=lambda step: 1.0, steps=11, folder=folder / "checkpoints", log=log, save_every=6, together=3,
         )  # fmt: skip
 
     whole = run_thirds(tmp_path / "whole")

@@ -37,7 +37,7 @@ jax.set_mesh(mesh)
 
 
 @jax.jit
-def update(state, batch, coefficients):
+def update(state, batch, coefficients, learning_rate):
     loss = lambda w: ((w - batch["x"].mean(0)) ** 2).sum()
     value, gradient = jax.value_and_grad(loss)(state.parameters["w"])
     updates, moments = OPTIMIZER.update({"w": gradient}, state.optimizer)
@@ -63,7 +63,8 @@ log = RunLog(folder)
 with ending_as_told(parser):
     state = fit(
         stage="toy", state=create(parameters, OPTIMIZER), step=Step(update, update), batch_at=batch_at,
-        coefficients=lambda step: {}, steps=12, folder=folder / "checkpoints", log=log, save_every=3, mesh=mesh,
+        coefficients=lambda step: {}, learning_rate=lambda step: 1.0, steps=12,
+        folder=folder / "checkpoints", log=log, save_every=3, mesh=mesh,
     )  # fmt: skip
 log.close()
 print(f"sum {float(state.parameters['w'].sum()):.6f}")

@@ -91,7 +91,7 @@ OBJECTIVES = {
 
 def lowered_step(mesh, kind: str):
     """A step in bfloat16 with remat "full" in two micro-batches."""
-    transformation = optimizer.make_optimizer(CONFIG, lambda step: 1e-3, weight_decay=0.1, clip=1.0)
+    transformation = optimizer.make_optimizer(CONFIG, weight_decay=0.1, clip=1.0)
     common = {"micro_batches": 2, "dtype": "bfloat16", "remat": "full"}
     state, shape = train_state.abstract_state(parameters(mesh), transformation), SHAPE
     if kind == "mpo":

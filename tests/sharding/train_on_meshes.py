@@ -98,8 +98,8 @@ def main():
             same_metrics, same_gradient, wrong = measure(mesh)
         worst = max(float(np.abs(same_gradient[name] - x).max() / np.abs(x).max()) for name, x in gradient.items())
         found[shape] = {"metrics": same_metrics, "gradient": worst, "misplaced": wrong}
-    adamw = make_optimizer(CONFIG, lambda step: 1e-3, kind="adamw", weight_decay=0.1, clip=1.0)
-    muon = make_optimizer(CONFIG, lambda step: 1e-3, kind="muon", weight_decay=0.1, clip=1.0)
+    adamw = make_optimizer(CONFIG, kind="adamw", weight_decay=0.1, clip=1.0)
+    muon = make_optimizer(CONFIG, kind="muon", weight_decay=0.1, clip=1.0)
     for kind, transformation in (("adamw", adamw), ("muon", muon)):
         places = shardings(CONFIG, mesh)
         state = train_state.create(jax.device_put(initialize(CONFIG, 0), places), transformation)
