@@ -66,7 +66,8 @@ def evaluate_model(
 ) -> Evaluated:
     """Score `test`, with calibration and decision fitted on `calibration` (other queries); decode some explanations.
 
-    Explanations are decoded for the first `explained_pairs` test pairs that have a gold one.
+    Explanations are decoded for `explained_pairs` of the test pairs that have a gold one, evenly spread: pairs of one
+    query fare alike, so that those of few queries say little.
     """
     model = RelevanceModel(config, parameters, format, dtype=dtype)
     model.calibration, model.decision = calibrate(model, calibration)
@@ -117,9 +118,11 @@ def _explanations(
     model: RelevanceModel, judgments: Sequence[Judgment], pairs: int, max_new_tokens: int, title: str
 ) -> dict[str, np.ndarray]:
     """format, consistency, rule_accuracy: float [N], NaN where no explanation was decoded."""
-    chosen = [number for number, judgment in enumerate(judgments) if judgment.explanation][:pairs]
-    if not chosen:
+    explained = [number for number, judgment in enumerate(judgments) if judgment.explanation]
+    pairs = min(pairs, len(explained))
+    if not pairs:
         return {}
+    chosen = [explained[i * len(explained) // pairs] for i in range(pairs)]
     checks = {name: np.full(len(judgments), np.nan) for name in ("format", "consistency", "rule_accuracy")}
     starts = range(0, len(chosen), 16)
     for start in run_log.progress(starts, f"{title}: explanations", len(starts)):

@@ -129,7 +129,7 @@ STAGES: dict[str, type[Stage]] = {"text": TextStage, "sft": SFTStage, "rl": RLSt
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """`test` and `calibration` name data sets; explanations are decoded for the first `explained_pairs`."""
+    """`test` and `calibration` name data sets; explanations are decoded for `explained_pairs`, evenly spread."""
 
     test: str = "dev"
     calibration: str = "calibration"
