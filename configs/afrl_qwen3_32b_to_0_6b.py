@@ -7,7 +7,7 @@ run: no such hardware was at hand, so there are no times and no scores here. Wha
 traces and lowers at full size (tests/configs/test_configs.py). By the TPU compiler's figures a step of SFT takes 7.6 s
 on v5p:4x4x4, 50.2% MFU (model FLOPs by PaLM's formula; 47% where a causal square counts half), with 33 of 96 GiB a
 chip: 6.4 s of computing, a quarter of it what remat computes again, and 1.2 of exchanges that nothing hides, most of
-them the five all-reduces a layer over `tensor`. The update of RL is at 46.7%, 3.3 points below the goal of 50%. All
+them the five all-reduces a layer over `tensor`. The update of RL is at 46.6%, 3.4 points below the goal of 50%. All
 stages fit there, and on two smaller slices, by the same figures of `--compile_for`:
 
     slice      mesh              micro_batches of sft_*, rl, distill   GiB at most    a step of SFT

@@ -38,7 +38,7 @@ from afrl_jax.data.clips_queries import (
     split_intent,
     values,
 )
-from afrl_jax.data.clips_rules import ATTRIBUTES, GRADE_OF_RULE, Constraint, Intent, judge
+from afrl_jax.data.clips_rules import ATTRIBUTES, GRADE_OF_RULE, Constraint, Intent, deciding_rule
 from afrl_jax.schema import Document
 from core_jax.schema import Action, Context, SearchSession, Shown
 
@@ -161,7 +161,7 @@ def _simulate_one(
 
     def document(clip: Clip, place: str) -> Document:
         rendered = render_document(clip, f"{session_id}-{place}")
-        grades[rendered.doc_id] = judge(intent, clip).grade
+        grades[rendered.doc_id] = GRADE_OF_RULE[deciding_rule(intent, clip)]
         return drift.document(rendered)
 
     watched = None if rng.random() < 0.05 else _watched(rng, intent)
@@ -207,7 +207,7 @@ def _watched(rng: np.random.Generator, intent: Intent) -> Clip | None:
     for place in rng.permutation(len(rules)):
         clip = build_clip(rng, intent, rules[place], difficulty=0.0)
         if clip is not None:
-            return dataclasses.replace(clip, title=", ".join((clip.title, *_said_by_title(rng, clip, intent))))
+            return clip._replace(title=", ".join((clip.title, *_said_by_title(rng, clip, intent))))
     return None
 
 
@@ -218,7 +218,7 @@ def _said_by_title(rng: np.random.Generator, clip: Clip, intent: Intent) -> Iter
     meant = [constraint for constraint in intent.constraints if constraint.attribute not in SUBJECTS]
     for constraint in dict.fromkeys((*meant, *about)):
         says = rng.random() < (TITLE_SAYS if constraint in meant else TITLE_SAYS_BESIDES)
-        if says and judge(Intent((constraint,)), clip).grade == 3:
+        if says and GRADE_OF_RULE[deciding_rule(Intent((constraint,)), clip)] == 3:
             yield phrases(constraint)[0][1]
 
 

@@ -6,9 +6,8 @@ enough to learn to match it. Everything here is invented; no text comes from a d
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -100,8 +99,7 @@ _MISSING = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(NamedTuple):
     """One short video. None means that the catalogue does not state the attribute; a clip outside any series has
     series None, which is not the same as unknown."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +27,15 @@ from afrl_jax.data.clips_catalogue import (
     pick,
     random_clip,
 )
-from afrl_jax.data.clips_rules import GRADE_OF_RULE, NEEDED_ATTRIBUTES, Constraint, Intent, judge, length_bounds
+from afrl_jax.data.clips_rules import (
+    GRADE_OF_RULE,
+    NEEDED_ATTRIBUTES,
+    Constraint,
+    Intent,
+    deciding_rule,
+    judge,
+    length_bounds,
+)
 from afrl_jax.schema import Match
 
 _FIELD = {  # the clip field that a constraint speaks of, where not stating it leaves the constraint unknown
@@ -217,23 +224,23 @@ def _attempt(rng: np.random.Generator, intent: Intent, rule: int, difficulty: fl
     clip = random_clip(rng)
     for constraint in intent.constraints:
         if constraint.attribute in _SUBJECTS:
-            clip = dataclasses.replace(clip, **_meet(rng, clip, constraint))
-    clip = dataclasses.replace(clip, **_natural_kind(rng, clip, intent))
+            clip = clip._replace(**_meet(rng, clip, constraint))
+    clip = clip._replace(**_natural_kind(rng, clip, intent))
     elsewhere = rule in _OTHER_SUBJECT
     for constraint in intent.constraints:
         if constraint.attribute not in _SUBJECTS and (not elsewhere or rng.random() < 0.6):
-            clip = dataclasses.replace(clip, **_meet(rng, clip, constraint))
+            clip = clip._replace(**_meet(rng, clip, constraint))
     for change in _changes(rng, clip, intent, rule):
-        clip = dataclasses.replace(clip, **change(clip))
+        clip = clip._replace(**change(clip))
     if GRADE_OF_RULE[rule] < 3 and rng.random() < 0.3 * difficulty:
         second = pick(rng, intent.constraints)
         change = _leave_out(rng, [second], 1) if rng.random() < 0.3 else _miss(rng, clip, second)
-        clip = dataclasses.replace(clip, **change)
+        clip = clip._replace(**change)
     if clip.kind == "episode" and not clip.series:
-        clip = dataclasses.replace(clip, kind=pick(rng, ORDINARY_KINDS))
+        clip = clip._replace(kind=pick(rng, ORDINARY_KINDS))
     if clip.kind in ("trailer", "compilation") and (rule in _UNASKED_KINDS or "episode" not in intent.attributes):
-        clip = dataclasses.replace(clip, season=None, episode=None)
-    return dataclasses.replace(clip, title=make_title(rng, clip.topic, clip.kind, clip.series))
+        clip = clip._replace(season=None, episode=None)
+    return clip._replace(title=make_title(rng, clip.topic, clip.kind, clip.series))
 
 
 def build_clip(rng: np.random.Generator, intent: Intent, rule: int, difficulty: float = 1.0) -> Clip | None:
@@ -246,7 +253,7 @@ def build_clip(rng: np.random.Generator, intent: Intent, rule: int, difficulty: 
         return None
     for attempt in range(10):
         clip = _attempt(rng, intent, rule, difficulty if attempt < 5 else 0.0)
-        if judge(intent, clip).rule == rule:
+        if deciding_rule(intent, clip) == rule:
             return clip
     return None
 
@@ -259,10 +266,10 @@ def flip_one(rng: np.random.Generator, intent: Intent, clip: Clip) -> Clip | Non
         place = int(rng.random() * len(intent.constraints))
         constraint, verdict = intent.constraints[place], before.verdicts[place]
         change = _miss if verdict is Match.MET else _meet
-        flipped = dataclasses.replace(clip, **change(rng, clip, constraint))
+        flipped = clip._replace(**change(rng, clip, constraint))
         if flipped.kind == "episode" and not flipped.series:  # there is no such clip
             continue
-        flipped = dataclasses.replace(flipped, title=make_title(rng, flipped.topic, flipped.kind, flipped.series))
+        flipped = flipped._replace(title=make_title(rng, flipped.topic, flipped.kind, flipped.series))
         after = judge(intent, flipped)
         others = all(a == b for i, (a, b) in enumerate(zip(before.verdicts, after.verdicts, strict=True)) if i != place)
         if others and after.verdicts[place] != verdict and after.rule != before.rule:

@@ -183,10 +183,10 @@ def check(constraint: Constraint, clip: Clip) -> tuple[str, Match]:
 class _Case:
     """One pair as the rule conditions see it."""
 
-    __slots__ = ("asked", "clip", "intent", "unknown", "violated")
+    __slots__ = ("asked", "clip", "unknown", "verdicts", "violated")
 
     def __init__(self, intent: Intent, clip: Clip, verdicts: tuple[Match, ...]):
-        self.intent, self.clip = intent, clip
+        self.clip, self.verdicts = clip, verdicts
         self.asked = {constraint.attribute: constraint.value for constraint in intent.constraints}
         pairs = tuple(zip(self.asked, verdicts, strict=True))
         self.violated = {attribute for attribute, verdict in pairs if verdict is Match.VIOLATED}
@@ -297,7 +297,17 @@ def judge(intent: Intent, clip: Clip) -> Decision:
 
     Some rule always applies: a constraint that is neither met nor unknown fires a rule of its own.
     """
-    facts, verdicts = zip(*(check(constraint, clip) for constraint in intent.constraints), strict=True)
-    case = _Case(intent, clip, verdicts)
+    facts, case = _case(intent, clip)
     fired = tuple(number for number, applies in _CONDITIONS if applies(case))
-    return Decision(fired[0], GRADE_OF_RULE[fired[0]], fired, facts, verdicts)
+    return Decision(fired[0], GRADE_OF_RULE[fired[0]], fired, facts, case.verdicts)
+
+
+def deciding_rule(intent: Intent, clip: Clip) -> int:
+    """The rule that `judge` finds deciding; the others are not looked at."""
+    case = _case(intent, clip)[1]
+    return next(number for number, applies in _CONDITIONS if applies(case))
+
+
+def _case(intent: Intent, clip: Clip) -> tuple[tuple[str, ...], _Case]:
+    facts, verdicts = zip(*(check(constraint, clip) for constraint in intent.constraints), strict=True)
+    return facts, _Case(intent, clip, verdicts)
