@@ -5,21 +5,18 @@ An implementation is named by the argument `implementation` of the call; where t
     with implementation.setting("xla"): ...     # for a block of code; jit compiles anew where the value differs
     implementation.setting.set_global("xla")    # for the process
 
-whose default is "auto": "pallas_tpu" where the program is lowered for a TPU, "xla" everywhere else. What lowers is what
-counts, not what this machine is: a program compiled here for a TPU topology gets the TPU kernel. A Pallas kernel is not
-split over devices by the compiler, so under a mesh of several devices "auto" is "xla" too, except inside
-`jax.shard_map`, where each device has arrays of its own.
+whose default is "auto": "pallas_tpu" for a TPU, "xla" for everything else, by `platform`. It is decided when a program
+is traced, so that nothing is traced but what runs. A Pallas kernel is not split over devices by the compiler, so under
+a mesh of several devices "auto" is "xla" too, except inside `jax.shard_map`, where each device has arrays of its own.
 
 A named implementation runs or raises; only "auto" chooses. Every choice is told once, through the logger "kernels": as
-a warning where a TPU is at hand and a Pallas kernel cannot run on it, else as information.
+a warning where a Pallas kernel cannot run on the TPU that the program is for, else as information.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
@@ -29,8 +26,17 @@ setting = jax.make_user_context("auto")
 log = logging.getLogger("kernels")
 
 
-def choice(kernel: str, implementation: str | None = None, *, obstacle: str = "") -> dict[str, str]:
-    """What runs, by platform: {"tpu": "pallas_tpu", "default": "xla"}, "default" being every platform not named.
+def platform() -> str:
+    """What a program that is traced now is for: the platform of the mesh that is set, if one is, else this process's.
+
+    A program that is compiled here for a TPU that is elsewhere is traced under a mesh of its chips.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def choice(kernel: str, implementation: str | None = None, *, obstacle: str = "") -> str:
+    """The name of what runs, one of NAMES.
 
     Args:
         kernel: its name, for what is told.
@@ -48,25 +54,20 @@ def choice(kernel: str, implementation: str | None = None, *, obstacle: str = ""
         raise ValueError(f"{kernel}: implementation='pallas_tpu' cannot run: {obstacle}")
     if name != "auto":
         _tell(logging.INFO, f"{kernel}: {name}, as asked for")
-        return {"default": name}
+        return name
+    if platform() != "tpu":
+        _tell(logging.INFO, f"{kernel}: xla, as on every {platform()}")
+        return "xla"
     if obstacle:
-        here = jax.default_backend() == "tpu"
-        _tell(logging.WARNING if here else logging.INFO, f"{kernel}: xla everywhere, because {obstacle}")
-        return {"default": "xla"}
-    _tell(logging.INFO, f"{kernel}: pallas_tpu on a TPU, xla elsewhere")
-    return {"tpu": "pallas_tpu", "default": "xla"}
+        _tell(logging.WARNING, f"{kernel}: xla, though for a TPU, because {obstacle}")
+        return "xla"
+    _tell(logging.INFO, f"{kernel}: pallas_tpu, as on every TPU")
+    return "pallas_tpu"
 
 
 @functools.cache
 def _tell(level: int, line: str) -> None:
     log.log(level, line)
-
-
-def run(chosen: Mapping[str, str], implementations: Mapping[str, Callable[..., Any]], *arrays: Any) -> Any:
-    """Apply to `arrays` the implementation that `chosen` (of `choice`) names for the platform this is lowered for."""
-    branches = {platform: implementations[name] for platform, name in chosen.items()}
-    default = branches.pop("default")
-    return jax.lax.platform_dependent(*arrays, default=default, **branches) if branches else default(*arrays)
 
 
 def _mesh_obstacle() -> str:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from kernels import products
+from kernels import implementation, products
 from kernels.rms_norm import rms_norm
 from kernels.row_attention import row_attention
 from lm_jax.config import DecoderConfig
@@ -127,10 +127,9 @@ def written_out() -> bool:
     """Whether the loop over layers is unrolled: on CPU, where the bookkeeping of a loop costs as much as its products.
 
     There each turn copies what it slices and stacks, and 16-bit floats become float32 and back on the way. Elsewhere a
-    loop costs nothing and one layer compiles faster than many. What counts is the mesh that is set, if one is.
+    loop costs nothing and one layer compiles faster than many.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "cpu"
+    return implementation.platform() == "cpu"
 
 
 @struct.dataclass

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from kernels import implementation
 from kernels.prefix_attention import prefix_attention
 from lm_jax.config import DecoderConfig
 from lm_jax.decoder import Cache, Decoder, empty_answers, rotary_angles
@@ -152,10 +153,7 @@ def scan(block, carry, inputs):
     def of_bits(x: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
-    def on_cpu(carry, inputs):
-        step = lambda carry, bits: block(carry, jax.tree.map(of_bits, bits))
-        return jax.lax.scan(step, carry, jax.tree.map(as_bits, inputs))
-
-    if all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(inputs)):
-        return jax.lax.scan(block, carry, inputs)  # the same on every platform, so traced for one
-    return jax.lax.platform_dependent(carry, inputs, cpu=on_cpu, default=lambda c, x: jax.lax.scan(block, c, x))
+    if implementation.platform() != "cpu":
+        return jax.lax.scan(block, carry, inputs)
+    step = lambda carry, bits: block(carry, jax.tree.map(of_bits, bits))
+    return jax.lax.scan(step, carry, jax.tree.map(as_bits, inputs))

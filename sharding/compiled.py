@@ -180,7 +180,7 @@ def _cycles(instruction: _Instruction) -> int:
 
 
 def _kernel(call: _Instruction, moved: int, times: int) -> Kernel:
-    name = re.search(r"/([^/\"]*)/pallas_call", call.rest)
+    name = re.search(r"/(?:\w+\()*([^/\"()]*)\)*/pallas_call", call.rest)  # as in jvp(NAME), transpose(jvp(NAME))
     found = re.search(r'"cost_estimate":\{([^}]*)\}', call.rest)
     said = dict(re.findall(r'"(\w+)":"?(\d+)', found[1])) if found else {}
     vmem = re.search(r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', call.rest)

@@ -21,6 +21,7 @@ import jax
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 
+from kernels import implementation
 from sharding.chips import Chip
 from sharding.compiled import Collective, Costs, read_costs
 
@@ -82,7 +83,8 @@ def measure(program: Program, chip: Chip, mesh: Mesh, remat: str, known: dict[st
     """
     with jax.set_mesh(mesh):
         traced = program.trace(remat)
-        model_flops = program.model_flops or matrix_flops(program.trace("none").jaxpr.jaxpr, program.turns)
+        with implementation.setting("xla"):  # a kernel's own products are not seen in what is traced
+            model_flops = program.model_flops or matrix_flops(program.trace("none").jaxpr.jaxpr, program.turns)
         held = {name: sum(map(chip_bytes, jax.tree.leaves(tree))) for name, tree in program.held.items()}
         resident = sum(held[name] for name in program.resident)
         lowered = traced.lower()

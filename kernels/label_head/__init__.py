@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -53,18 +51,15 @@ def label_head(
         raise ValueError(f"label_ids {label_ids} must be different token ids in [0, {vocabulary})")
     widths = residual_BTD.dtype.itemsize, head_VD.dtype.itemsize
     obstacle = pallas_tpu.obstacle(embed, len(label_ids), *widths)
-    chosen = _implementation.choice("label_head", implementation, obstacle=obstacle)
+    module = {"xla": reference, "pallas_tpu": pallas_tpu}[
+        _implementation.choice("label_head", implementation, obstacle=obstacle)
+    ]
     residual_ND = jnp.take_along_axis(residual_BTD, at_BQ[..., None], axis=1).reshape(-1, embed)
     # One by one, each held back: else the TPU compiler wants a head that it lays out column by column in rows, a copy.
     labels_CD = jnp.stack([jax.lax.optimization_barrier(head_VD[label]) for label in label_ids])
     arrays = (residual_ND, norm_D, labels_CD)
-    implementations = {}
-    for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items():
-        if labels_only:
-            implementations[name] = functools.partial(module.over_labels, epsilon=epsilon)
-        else:
-            implementations[name] = functools.partial(module.over_vocabulary, label_ids=label_ids, epsilon=epsilon)
-    if not labels_only:
-        arrays += (head_VD,)
-    logprob_NC, outside_N = _implementation.run(chosen, implementations, *arrays)
+    if labels_only:
+        logprob_NC, outside_N = module.over_labels(*arrays, epsilon=epsilon)
+    else:
+        logprob_NC, outside_N = module.over_vocabulary(*arrays, head_VD, label_ids=label_ids, epsilon=epsilon)
     return logprob_NC.reshape(*at_BQ.shape, len(label_ids)), outside_N.reshape(at_BQ.shape)

@@ -42,12 +42,10 @@ def prefix_attention(
     """
     obstacle = pallas_tpu.obstacle(q_BTNH, k_BTKH, v_BTKH, prefix_k_PSKH, prefix_v_PSKH)
     chosen = _implementation.choice("prefix_attention", implementation, obstacle=obstacle)
-    implementations = {"xla": reference.prefix_attention, "pallas_tpu": pallas_tpu.prefix_attention}
-    arrays = (
+    return {"xla": reference, "pallas_tpu": pallas_tpu}[chosen].prefix_attention(
         q_BTNH, k_BTKH, v_BTKH, suffix_starts(segments_BT),
         prefix_k_PSKH, prefix_v_PSKH, prefix_lengths_P, prefix_of_B,
     )  # fmt: skip
-    return _implementation.run(chosen, implementations, *arrays)
 
 
 def suffix_starts(segments_BT: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def row_attention(
     """
     obstacle = pallas_tpu.obstacle(q_BTNH, k_BTKH, v_BTKH)
     chosen = _implementation.choice("row_attention", implementation, obstacle=obstacle)
-    return _row_attention(q_BTNH, k_BTKH, v_BTKH, place_of(groups_BT, branches_BT), tuple(chosen.items()))
+    return _row_attention(q_BTNH, k_BTKH, v_BTKH, place_of(groups_BT, branches_BT), chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -60,9 +60,8 @@ def _backward(chosen, saved, d_mixed_BTNH):
     return *_run(chosen, "backward", *saved, d_mixed_BTNH), None
 
 
-def _run(chosen, direction: str, *arrays: jax.Array):
-    implementations = {"xla": getattr(reference, direction), "pallas_tpu": getattr(pallas_tpu, direction)}
-    return _implementation.run(dict(chosen), implementations, *arrays)
+def _run(chosen: str, direction: str, *arrays: jax.Array):
+    return getattr({"xla": reference, "pallas_tpu": pallas_tpu}[chosen], direction)(*arrays)
 
 
 _row_attention.defvjp(_forward, _backward)

@@ -44,7 +44,7 @@ def token_logprobs(
     """
     obstacle = pallas_tpu.obstacle(hidden_MD.shape[1], hidden_MD.dtype.itemsize, head_VD.dtype.itemsize)
     chosen = _implementation.choice("token_logprobs", implementation, obstacle=obstacle)
-    return _token_logprobs(hidden_MD, head_VD, target_M, temperature, tuple(chosen.items()))
+    return _token_logprobs(hidden_MD, head_VD, target_M, temperature, chosen)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -61,12 +61,9 @@ def _backward(temperature, chosen, saved, cotangents):
     return *_run(chosen, "backward", temperature, *saved, *cotangents), None
 
 
-def _run(chosen, direction: str, temperature: float, *arrays: jax.Array):
-    implementations = {
-        name: functools.partial(getattr(module, direction), temperature=temperature)
-        for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items()
-    }
-    return _implementation.run(dict(chosen), implementations, *arrays)
+def _run(chosen: str, direction: str, temperature: float, *arrays: jax.Array):
+    module = {"xla": reference, "pallas_tpu": pallas_tpu}[chosen]
+    return getattr(module, direction)(*arrays, temperature=temperature)
 
 
 _token_logprobs.defvjp(_forward, _backward)

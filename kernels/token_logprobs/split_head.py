@@ -98,12 +98,8 @@ split_token_logprobs.defvjp(_forward, _backward)
 
 def _run(direction: str, hidden_MD, head_vD, *rest: jax.Array, **options: Any):
     obstacle = pallas_tpu.obstacle(hidden_MD.shape[1], hidden_MD.dtype.itemsize, head_vD.dtype.itemsize)
-    chosen = _implementation.choice("token_logprobs", obstacle=obstacle)
-    implementations = {
-        name: functools.partial(getattr(module, direction), temperature=1.0, **options)
-        for name, module in {"xla": reference, "pallas_tpu": pallas_tpu}.items()
-    }
-    return _implementation.run(chosen, implementations, hidden_MD, head_vD, *rest)
+    module = {"xla": reference, "pallas_tpu": pallas_tpu}[_implementation.choice("token_logprobs", obstacle=obstacle)]
+    return getattr(module, direction)(hidden_MD, head_vD, *rest, temperature=1.0, **options)
 
 
 def _gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

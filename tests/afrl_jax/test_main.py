@@ -157,7 +157,7 @@ def test_a_stopped_run_says_how_it_continues(tmp_path, number, status, told):
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status, said
     kernels = ("row_attention", "token_logprobs")
-    chosen = "".join(f"kernel {name}: pallas_tpu on a TPU, xla elsewhere\n" for name in kernels)
+    chosen = "".join(f"kernel {name}: xla, as on every cpu\n" for name in kernels)
     assert re.fullmatch(chosen + told + "stopped; the same command continues from the newest checkpoint\n", said)
     if status == 75:  # what it says it saved is there, before any checkpoint was due
         saved = int(re.search(r"saved at step (\d+)", said)[1])

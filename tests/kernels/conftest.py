@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import implementation, tpu_memory
 from sharding.chips import topology
+from sharding.mesh import make_mesh
 from sharding.plan import compile_costs
 
 # An example is a shape to compile, so there are few of them, the same in every run.
@@ -67,11 +68,13 @@ def compiled(request):
     name: (memory analysis, costs, kernels)."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: it holds the compiler for TPUs")
-    place = SingleDeviceSharding(topology(request.param)[1][0])
+    mesh = make_mesh("", topology(request.param)[1][:1])
 
     def compile(function, *arrays):
+        place = NamedSharding(mesh, PartitionSpec())
         abstract = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in arrays]
-        memory, costs = compile_costs(jax.jit(function).lower(*abstract))
+        with jax.set_mesh(mesh):
+            memory, costs = compile_costs(jax.jit(function).lower(*abstract))
         kernels = {kernel.name: kernel for kernel in costs.kernels}
         assert len(kernels) == len(costs.kernels)
         assert all(0 < kernel.vmem <= tpu_memory.VMEM_BYTES for kernel in kernels.values())

@@ -1,3 +1,4 @@
+import contextlib
 import logging
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AxisType
 
 from kernels import implementation
 
@@ -15,29 +16,54 @@ def listening(caplog):
     caplog.set_level(logging.INFO, "kernels")
 
 
+CHIPS = AbstractDevice("TPU v5e", None, "tpu")  # stands for chips that are elsewhere
+
+
+def meshed(data: int = 1, kind: AxisType = AxisType.Auto, device: AbstractDevice = CHIPS):
+    """Under a mesh of described devices."""
+    mesh = jax.sharding.AbstractMesh((data, 1), ("data", "tensor"), axis_types=(kind,) * 2, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_what_a_program_is_for_is_the_mesh_that_is_set_or_this_process(monkeypatch):
+    assert implementation.platform() == "cpu"
+    with meshed():
+        assert implementation.platform() == "tpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert implementation.platform() == "tpu"
+    with meshed(device=AbstractDevice("cpu", None, "cpu")):
+        assert implementation.platform() == "cpu"
+
+
+@pytest.mark.parametrize("tpu", [False, True])
 @pytest.mark.parametrize(
-    ("setting", "argument", "chosen", "told"),
+    ("setting", "argument", "chosen"),
     [
-        ("auto", None, {"tpu": "pallas_tpu", "default": "xla"}, "k: pallas_tpu on a TPU, xla elsewhere"),
-        ("xla", None, {"default": "xla"}, "k: xla, as asked for"),
-        ("auto", "pallas_tpu", {"default": "pallas_tpu"}, "k: pallas_tpu, as asked for"),
-        ("pallas_tpu", "xla", {"default": "xla"}, "k: xla, as asked for"),
-        ("xla", "auto", {"tpu": "pallas_tpu", "default": "xla"}, "k: pallas_tpu on a TPU, xla elsewhere"),
+        ("auto", None, None),
+        ("xla", None, "xla"),
+        ("auto", "pallas_tpu", "pallas_tpu"),
+        ("pallas_tpu", "xla", "xla"),
+        ("xla", "auto", None),
     ],
 )
-def test_the_argument_overrides_the_setting_and_what_is_chosen_is_told_once(caplog, setting, argument, chosen, told):
-    with implementation.setting(setting):
+def test_the_argument_overrides_the_setting_and_what_is_chosen_is_told_once(caplog, tpu, setting, argument, chosen):
+    told = f"k: {chosen}, as asked for"
+    if chosen is None:
+        chosen = "pallas_tpu" if tpu else "xla"
+        told = "k: pallas_tpu, as on every TPU" if tpu else "k: xla, as on every cpu"
+    with implementation.setting(setting), meshed() if tpu else contextlib.nullcontext():
         assert implementation.choice("k", argument) == chosen
         assert implementation.choice("k", argument) == chosen
     assert caplog.messages == [told]
 
 
-@pytest.mark.parametrize(("backend", "level"), [("cpu", logging.INFO), ("tpu", logging.WARNING)])
-def test_an_obstacle_turns_auto_to_xla_and_is_a_warning_where_a_tpu_is_at_hand(monkeypatch, caplog, backend, level):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert implementation.choice("k", obstacle="too large") == {"default": "xla"}
+def test_an_obstacle_turns_auto_to_xla_and_is_a_warning_where_a_tpu_is_meant(caplog):
+    assert implementation.choice("k", obstacle="too large") == "xla"
+    with meshed():
+        assert implementation.choice("k", obstacle="too large") == "xla"
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
-        (level, "k: xla everywhere, because too large")
+        (logging.INFO, "k: xla, as on every cpu"),
+        (logging.WARNING, "k: xla, though for a TPU, because too large"),
     ]
 
 
@@ -49,20 +75,12 @@ def test_what_cannot_be_is_refused():
 
 
 def test_under_a_mesh_of_several_devices_a_kernel_runs_inside_shard_map_only():
-    mesh = jax.sharding.AbstractMesh((2, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert implementation.choice("k") == {"default": "xla"}
+    with meshed(data=2):
+        assert implementation.choice("k") == "xla"
         with pytest.raises(ValueError, match=r"the mesh data=2 would split it; call it inside jax.shard_map"):
             implementation.choice("k", "pallas_tpu")
-    manual = jax.sharding.AbstractMesh((2, 1), ("data", "tensor"), axis_types=(AxisType.Manual,) * 2)
-    with jax.sharding.use_abstract_mesh(manual):
-        assert implementation.choice("k") == {"tpu": "pallas_tpu", "default": "xla"}
-
-
-@pytest.mark.parametrize("chosen", [{"default": "b"}, {"tpu": "a", "default": "b"}, {"cpu": "b", "default": "a"}])
-def test_run_takes_what_is_chosen_for_this_platform(chosen):
-    implementations = {"a": lambda x: x + 1, "b": lambda x: x + 2}
-    assert implementation.run(chosen, implementations, jnp.array(40)) == 42
+    with meshed(data=2, kind=AxisType.Manual):
+        assert implementation.choice("k") == "pallas_tpu"
 
 
 @pytest.mark.parametrize("run", ["pallas_tpu"], indirect=True)

@@ -130,6 +130,8 @@ def test_a_kernel_costs_what_it_says_of_itself():
     )
     costs = read_costs(PROGRAM.replace("  %came =", f"  {call}\n  %came ="))
     assert costs.kernels == (Kernel("kind", 7000, 90, 4096, 1),)
+    differentiated = call.replace("/kind/", "/transpose(jvp(kind))/")
+    assert read_costs(PROGRAM.replace("  %came =", f"  {differentiated}\n  %came =")).kernels == costs.kernels
     silent = call.replace('"cost_estimate"', '"nothing"').replace("used_", "").replace("metadata", "nothing")
     silent = silent.replace("pallas_call", "call")
     costs = read_costs(PROGRAM.replace("  %came =", f"  {silent}\n  %came ="))
