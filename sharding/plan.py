@@ -82,9 +82,10 @@ def measure(program: Program, chip: Chip, mesh: Mesh, remat: str, known: dict[st
     `known` holds the figures of programs by their text, so that one that occurs twice is compiled once.
     """
     with jax.set_mesh(mesh):
-        traced = program.trace(remat)
-        with implementation.setting("xla"):  # a kernel's own products are not seen in what is traced
+        with implementation.setting("xla"):  # what a kernel computes is not seen in what is traced
+            flops = matrix_flops(program.trace(remat).jaxpr.jaxpr, program.turns)
             model_flops = program.model_flops or matrix_flops(program.trace("none").jaxpr.jaxpr, program.turns)
+        traced = program.trace(remat)
         held = {name: sum(map(chip_bytes, jax.tree.leaves(tree))) for name, tree in program.held.items()}
         resident = sum(held[name] for name in program.resident)
         lowered = traced.lower()
@@ -116,7 +117,7 @@ def measure(program: Program, chip: Chip, mesh: Mesh, remat: str, known: dict[st
         counted[exchange.kind] = (times + exchange.times, total + exchange.times * exchange.bytes)
     found = Figures(
         program.name, peak <= chip.memory, peak, chip.memory, held,
-        flops=matrix_flops(traced.jaxpr.jaxpr, program.turns) / mesh.size, bytes=costs.bytes, collectives=counted,
+        flops=flops / mesh.size, bytes=costs.bytes, collectives=counted,
         compute_seconds=compute, collective_seconds=alone + beside, seconds=seconds,
         mfu=model_flops / (mesh.size * chip.peak * seconds), per_second=program.work / seconds, unit=program.unit,
     )  # fmt: skip
