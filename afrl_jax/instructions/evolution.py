@@ -6,8 +6,9 @@ told of it (arXiv 2602.10006); this loop is ours.
             forgotten. Test pairs never come near this module.
 
 Each round probes the best of the pool, clusters its disagreements, lets a proposer amend it, and of each cluster's
-edits takes the best that Recheck accepts. A round that is finished is on disk and never done again; the probes of an
-unfinished one are too. The control is the same loop with as many random edits.
+edits takes the best that Recheck accepts. The loop ends after its rounds, or when nothing is proposed any more. A round
+that is finished is on disk and never done again; the probes of an unfinished one are too. The control is the same loop
+with as many random edits.
 """
 
 from __future__ import annotations
@@ -101,19 +102,17 @@ class Evolution:
         folder: Path,
         seed: int = 0,
         synthesize: Synthesizer | None = None,
-        patient: bool = False,
     ):
         self._probe, self._proposer, self._table, self._size, self._rule = probe, proposer, table, size, rule
-        self._folder, self._seed, self._synthesize, self._patient = folder, seed, synthesize, patient
+        self._folder, self._seed, self._synthesize = folder, seed, synthesize
 
     def __call__(self, base: Instruction) -> list[Round]:
         """Run the rounds that are not on disk; round 0 is the base instruction. A budget may run out: the loop
-        then ends with what it has, and a later run goes on. Without `patient` it also ends after a round in which
-        nothing was accepted."""
+        then ends with what it has, and a later run goes on."""
         rounds = [self._kept(0) or self._keep(0, self._begin(base))]
         while len(rounds) <= self._size.rounds and not rounds[-1].stopped:
             number = len(rounds)
-            rounds.append(self._kept(number) or self._keep(number, self._round(number, rounds[-1], base)))
+            rounds.append(self._kept(number) or self._keep(number, self._round(number, rounds, base)))
         return rounds
 
     def _begin(self, base: Instruction) -> Round:
@@ -122,10 +121,11 @@ class Evolution:
         pool = [recheck.Kept(base, new, replay, words(base))]
         return Round(base, new, replay, [], [], pool, {}, round(time.monotonic() - began, 1))
 
-    def _round(self, number: int, last: Round, base: Instruction) -> Round:
+    def _round(self, number: int, before: Sequence[Round], base: Instruction) -> Round:
         began, malformed = time.monotonic(), self._proposer.malformed
-        current = start = last.pool[0].instruction
-        pool, proposals, stopped, unfinished = list(last.pool), [], "", False
+        current = start = before[-1].pool[0].instruction
+        pool, proposals, stopped, unfinished = list(before[-1].pool), [], "", False
+        tried = {proposal.edit for done in before for proposal in done.proposals}
         clusters = identify(
             self._probe.sets[NEW],
             self._probe(NEW, start),
@@ -135,15 +135,15 @@ class Evolution:
             most=self._size.clusters,
         )
         try:
-            groups = self._proposer.propose(start, clusters, self._size.edits, number)
+            groups = self._proposer.propose(start, clusters, self._size.edits, number, tried)
             for place, edits in enumerate(groups):
                 cluster = place if place < len(clusters) else -1
                 current = self._best_of(base, current, edits, cluster, proposals, pool)
         except BudgetExceeded as error:
             stopped, unfinished = str(error), True
         pool = recheck.pareto(pool)
-        if not stopped and not self._patient and current == start:
-            stopped = "no edit was accepted"
+        if not stopped and not proposals:
+            stopped = "nothing was proposed"
         facts = self._synthesize(start, current, number) if self._synthesize and current != start else {}
         new, replay = (recheck.score(self._probe(name, current)) for name in (NEW, REPLAY))
         seconds = round(time.monotonic() - began, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from afrl_jax.answer_format import render_document, render_instruction
 from afrl_jax.data.conditions import ELSE, parse
 from afrl_jax.instructions.client import LanguageModel
-from afrl_jax.instructions.edits import Edit, Kind, condition_of
+from afrl_jax.instructions.edits import Edit, EditError, Kind, apply, condition_of
 from afrl_jax.instructions.identify import Cause, Cluster, Table
 from afrl_jax.schema import Instruction, Judgment, Rule
 
@@ -26,8 +26,18 @@ class Proposer(Protocol):
 
     malformed: int
 
-    def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
-        """For each cluster in its place at most `count` edits, the most promising first; none for label noise."""
+    def propose(
+        self,
+        instruction: Instruction,
+        clusters: Sequence[Cluster],
+        count: int,
+        round: int,
+        tried: Collection[Edit] = frozenset(),
+    ) -> Proposals:
+        """For each cluster in its place at most `count` edits, the most promising first; none for label noise.
+
+        `tried` are the edits of earlier rounds.
+        """
 
 
 def last_place(instruction: Instruction) -> str:
@@ -37,7 +47,8 @@ def last_place(instruction: Instruction) -> str:
 
 class MinedRules:
     """Rules read off the clusters: their conditions, first and last in the order; exceptions and narrowings of readable
-    rules that decide wrongly now; merges of readable rules that lead to the same grade.
+    rules that decide wrongly now; merges of readable rules that lead to the same grade. What was tried, or does not fit
+    the instruction, gives its place to the next.
 
     Args:
         table: of dev_new; a rule is readable whose condition holds for some pair there.
@@ -48,13 +59,23 @@ class MinedRules:
     def __init__(self, table: Table):
         self._table = table
 
-    def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
+    def propose(
+        self,
+        instruction: Instruction,
+        clusters: Sequence[Cluster],
+        count: int,
+        round: int,
+        tried: Collection[Edit] = frozenset(),
+    ) -> Proposals:
         """See `Proposer`."""
-        merges = self._merges(instruction)
+
+        def first_new(edits: Iterable[Edit]) -> list[Edit]:
+            return list(itertools.islice((e for e in edits if e not in tried and _fits(e, instruction)), count))
+
+        merges = first_new(self._merges(instruction))
         return [
-            [] if cluster.cause is Cause.NOISE else list(itertools.islice(self._edits(instruction, cluster), count))
-            for cluster in clusters
-        ] + ([merges[:count]] if merges else [])
+            [] if cluster.cause is Cause.NOISE else first_new(self._edits(instruction, cluster)) for cluster in clusters
+        ] + ([merges] if merges else [])
 
     def _edits(self, instruction: Instruction, cluster: Cluster):
         first, last = instruction.rules[0].text if instruction.rules else "", last_place(instruction)
@@ -88,6 +109,14 @@ class MinedRules:
         return condition != ELSE and " except " not in condition and any(map(parse(condition), self._table.cases))
 
 
+def _fits(edit: Edit, instruction: Instruction) -> bool:
+    try:
+        apply(instruction, edit)
+    except EditError:
+        return False
+    return True
+
+
 class RandomEdits:
     """The control: as many edits, each of a random kind with a random feature, grade and place.
 
@@ -101,8 +130,15 @@ class RandomEdits:
     def __init__(self, table: Table, sizes: Sequence[Sequence[int]], seed: int):
         self._features, self._sizes, self._seed = table.features, sizes, seed
 
-    def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
-        """See `Proposer`; `clusters` and `count` play no part."""
+    def propose(
+        self,
+        instruction: Instruction,
+        clusters: Sequence[Cluster],
+        count: int,
+        round: int,
+        tried: Collection[Edit] = frozenset(),
+    ) -> Proposals:
+        """See `Proposer`; `clusters`, `count` and `tried` play no part."""
         rng = np.random.default_rng((self._seed, round))
         sizes = self._sizes[round] if round < len(self._sizes) else ()
         return [[self._draw(rng, instruction) for _ in range(size)] for size in sizes]
@@ -130,7 +166,14 @@ class LanguageModelEdits:
         self.model, self._judgments, self.max_tokens = model, judgments, max_tokens
         self.malformed = 0
 
-    def propose(self, instruction: Instruction, clusters: Sequence[Cluster], count: int, round: int) -> Proposals:
+    def propose(
+        self,
+        instruction: Instruction,
+        clusters: Sequence[Cluster],
+        count: int,
+        round: int,
+        tried: Collection[Edit] = frozenset(),
+    ) -> Proposals:
         """See `Proposer`."""
         prompts = [
             self._prompt(instruction, cluster, count) for cluster in clusters if cluster.cause is not Cause.NOISE

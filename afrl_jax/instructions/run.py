@@ -179,7 +179,7 @@ def evolve_instruction(
         control = RandomEdits(table, group_sizes(main), settings.seed)
         # It has no round that the main arm has yet to finish: how many edits it must draw is not known.
         size = dataclasses.replace(settings.size, rounds=len(main) - 2) if main[-1].unfinished else settings.size
-        arms["random"] = arm("random", control, patient=True, size=size)
+        arms["random"] = arm("random", control, size=size)
     tested = _tested(probe, arms, references or {}) if TEST in sets else {}
     last = main[-1].instruction
     write_atomically(folder / "instruction.json", json.dumps(dataclasses.asdict(last), indent=1) + "\n")

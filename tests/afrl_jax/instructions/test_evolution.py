@@ -145,10 +145,10 @@ def test_a_spent_budget_ends_the_loop_with_what_it_has(ideal, sets, table, tmp_p
 
 def test_the_control_waits_for_a_round_that_the_budget_cut(ideal, sets, tmp_path, monkeypatch):
     class Broke(MinedRules):
-        def propose(self, instruction, clusters, count, round):
+        def propose(self, instruction, clusters, count, round, tried):
             if round == 2:
                 raise BudgetExceeded("budget of calls: none are left")
-            return super().propose(instruction, clusters, count, round)
+            return super().propose(instruction, clusters, count, round, tried)
 
     settings = dataclasses.replace(SETTINGS, synthesize=0)
     base = clips_rulebooks.base_instruction()
@@ -178,7 +178,7 @@ def test_many_small_falls_do_not_add_up(sets, table, tmp_path):
     class Costly:
         malformed = 0
 
-        def propose(self, instruction, clusters, count, round):
+        def propose(self, instruction, clusters, count, round, tried):
             return [[Edit(Kind.ADD, f"cost {round}", 0)] for _ in clusters[:1]]
 
     one_rule = {name: [dataclasses.replace(j, rules=(1,)) for j in some] for name, some in sets.items()}
@@ -193,7 +193,20 @@ def test_the_length_budget_holds(ideal, sets, table, tmp_path):
     probe = Probe(ideal, sets, tmp_path / "probes")
     rounds = loop(probe, MinedRules(table), table, tmp_path / "short", rule=recheck.Rule(most_words=1, resamples=100))
     assert {p.verdict.reason for p in rounds[1].proposals if p.edit.kind == "add"} == {"longer than 1 words"}
-    assert rounds[1].stopped == "no edit was accepted"
+    assert not any(done.accepted for done in rounds)
+    first, second = ({proposal.edit for proposal in done.proposals} for done in rounds[1:])
+    assert first and second and not first & second  # what was refused makes room for what was not tried
+
+
+def test_the_loop_ends_when_nothing_is_proposed(ideal, sets, table, tmp_path):
+    class Silent:
+        malformed = 0
+
+        def propose(self, instruction, clusters, count, round, tried):
+            return [[] for _ in clusters]
+
+    rounds = loop(Probe(ideal, sets, tmp_path / "probes"), Silent(), table, tmp_path / "silent")
+    assert [done.stopped for done in rounds] == ["", "nothing was proposed"]
 
 
 def test_dev_new_shares_no_query_with_what_checks_it(ideal, sets, tmp_path):

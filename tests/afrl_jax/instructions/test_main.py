@@ -134,7 +134,7 @@ def test_a_spent_budget_can_be_raised_and_the_server_moved(server, tmp_path, cap
     first = tmp_path / "evolution" / "language_model" / "round_01.json"
     assert not first.exists()
     main([*command, f"--base_url={server}/", "--calls=50"])
-    assert json.loads(first.read_text())["stopped"] == "no edit was accepted"
+    assert json.loads(first.read_text())["stopped"] == "nothing was proposed"
 
 
 def test_examples_for_every_rule(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_a_pretrained_model_on_human_judgments(tiny_model, tmp_path, capsys):
     command.append(f"--calibration={held}")
     main(command)
     done = json.loads((tmp_path / "run" / "evolution" / "mined" / "round_01.json").read_text())
-    assert done["proposals"] or done["stopped"] == "no edit was accepted"
+    assert done["proposals"] or done["stopped"] == "nothing was proposed"
     assert "pairs to grade (56 each)" in capsys.readouterr().err  # 20 of 24 and 16 of 16, 20 to calibrate
     # Another model, and other judgments, under the same paths.
     write_weights(tmp_path / "model", model.config, {name: 2 * value for name, value in model.parameters.items()})

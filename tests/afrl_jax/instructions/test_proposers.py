@@ -27,6 +27,10 @@ def test_mined_edits_come_from_the_cluster_the_most_promising_first(table):
     assert noise == []
     assert merges == [Edit(Kind.MERGE, target="language violated: 1", other="kind violated: 1")]
     assert len(MinedRules(table).propose(BASE, [CLUSTER], 2, 1)[0]) == 2
+    assert MinedRules(table).propose(BASE, [CLUSTER], 2, 2, {edits[0], merges[0]}) == [edits[1:3]]
+    having = apply(BASE, edits[1])  # the rule stands already, wherever it would be put
+    assert MinedRules(table).propose(having, [CLUSTER], 1, 2)[0][0].kind is Kind.EXCEPT
+    assert MinedRules(table).propose(BASE, [CLUSTER], 9, 2, {*edits, *merges}) == [[]]
     one_line = clips_rulebooks.numbered(clips.instruction(), [])
     assert MinedRules(table).propose(one_line, [CLUSTER], 1, 1) == [[Edit(Kind.ADD, "has ads", 0)]]
 
