@@ -136,9 +136,12 @@ class Evolution:
         )
         try:
             groups = self._proposer.propose(start, clusters, self._size.edits, number, tried)
+            reworded: dict[str, str] = {}
             for place, edits in enumerate(groups):
                 cluster = place if place < len(clusters) else -1
-                current = self._best_of(base, current, edits, cluster, proposals, pool)
+                before_it = current
+                current = self._best_of(base, current, [_renamed(e, reworded) for e in edits], cluster, proposals, pool)
+                reworded = _reworded(reworded, before_it, current)
         except BudgetExceeded as error:
             stopped, unfinished = str(error), True
         pool = recheck.pareto(pool)
@@ -211,6 +214,20 @@ class Evolution:
     def _kept(self, number: int) -> Round | None:
         file = self._file(number)
         return round_from(json.loads(file.read_text())) if file.exists() else None
+
+
+def _reworded(known: Mapping[str, str], before: Instruction, after: Instruction) -> dict[str, str]:
+    """Text of a rule as the round found it -> its text now; an edit rewords at most one rule, or two to one."""
+    old, new = ([rule.text for rule in one.rules] for one in (before, after))
+    gone, come = [text for text in old if text not in new], [text for text in new if text not in old]
+    latest = dict.fromkeys(gone, *come) if gone else {}
+    return latest | {first: latest.get(now, now) for first, now in known.items()}
+
+
+def _renamed(edit: Edit, reworded: Mapping[str, str]) -> Edit:
+    """The edit of the rules that it meant, as they read now."""
+    target, other = (reworded.get(text, text) for text in (edit.target, edit.other))
+    return dataclasses.replace(edit, target=target, other=other)
 
 
 def round_from(fields: Mapping[str, Any]) -> Round:

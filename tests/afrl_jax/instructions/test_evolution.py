@@ -11,7 +11,7 @@ from afrl_jax.data import clips_rulebooks
 from afrl_jax.decision import fit_decision
 from afrl_jax.instructions import recheck, run
 from afrl_jax.instructions.budget import BudgetExceeded
-from afrl_jax.instructions.edits import Edit, Kind
+from afrl_jax.instructions.edits import Edit, Kind, apply
 from afrl_jax.instructions.evolution import Evolution, Size, first_queries, group_sizes, split_by_query
 from afrl_jax.instructions.probe import Graded, ModelJudge, Probe
 from afrl_jax.instructions.proposers import MinedRules, RandomEdits
@@ -196,6 +196,31 @@ def test_the_length_budget_holds(ideal, sets, table, tmp_path):
     assert not any(done.accepted for done in rounds)
     first, second = ({proposal.edit for proposal in done.proposals} for done in rounds[1:])
     assert first and second and not first & second  # what was refused makes room for what was not tried
+
+
+def test_an_edit_still_means_the_rule_that_an_earlier_one_of_the_round_reworded(ideal, sets, table, tmp_path):
+    """Two clusters' edits name one rule: the second is of the rule as the first has left it."""
+    base = clips_rulebooks.base_instruction()
+    rule = base.rules[0].text
+
+    class Twice:
+        malformed = 0
+
+        def propose(self, instruction, clusters, count, round, tried):
+            return [[Edit(Kind.EXCEPT, "has ads", target=rule)], [Edit(Kind.ADD, "no ads", 0, target=rule)]]
+
+    class Gladly(Evolution):
+        def _recheck(self, base, current, edit):
+            kept = recheck.Kept(apply(current, edit), 0.9, 0.9, 1)
+            return recheck.Verdict(True, "", recheck.Difference(0.1, 0.0, 0.2, 0.01)), kept
+
+    probe = Probe(ideal, sets, tmp_path / "probes")
+    settings = {"size": Size(rounds=1, clusters=2, edits=2), "rule": recheck.Rule(resamples=100)}
+    done = Gladly(probe, Twice(), table, **settings, folder=tmp_path / "twice")(base)[1]
+    first, second = (proposal.edit for proposal in done.proposals)
+    assert first.target == rule and second.target == apply(base, first).rules[0].text != rule
+    assert [rule.text for rule in done.instruction.rules[:2]] == ["no ads: 0", second.target]
+    assert len(done.instruction.rules) == len(base.rules) + 1
 
 
 def test_the_loop_ends_when_nothing_is_proposed(ideal, sets, table, tmp_path):
