@@ -40,9 +40,8 @@ Format is that of answers written freely, .99 for the student and .93 for the te
 name is to be copied and comes out cut off or as another's. These are the first 256 pairs, of 32 queries; of 400 spread
 over all queries the teacher keeps .95, of 400 calibration pairs .98. With a supervised mixture of .45 grades, .45
 explained, .1 texts the latter is .98 too, the right rule .70 instead of .67, macro-F1 .81 instead of .83, so the
-mixture stays. Runs evaluate spread pairs now. `explain` holds
-the model to the format (`afrl_jax.answer_grammar`): all 256 of seed 0's student can be parsed, .992 of seed 2's, whose
-two others are cut off at 64 tokens.
+mixture stays. Runs evaluate spread pairs now. `explain` holds the model to the format (`afrl_jax.answer_grammar`): all
+256 of seed 0's student can be parsed, .992 of seed 2's, whose two others are cut off at 64 tokens.
 
 What matters, in the order in which it was found: texts dense in comparisons, with asides
 (`afrl_jax/data/clips_texts.py`), parameters that start by looking for their like (`lm_jax/parameters.py`), explanations

@@ -15,9 +15,10 @@ s, read about 4,400 s, evolution 10 to 30 minutes. Macro-F1 and recall of tail r
       in words never trained  .829 [.79, .87]  .799 [.73, .87]    .790 [.74, .83]  .761 [.65, .86]
 
 So the model reads, new words as well, and its instruction gets better; but mined edits help more than random ones with
-one seed, and less with the other. Random edits can only change how the model takes the rulebook. Under instructions of
-their own .604 [.55, .66] and .670 [.62, .72] of the grades of new queries are right. The tokenizer of seed 0 had still
-seen test queries when its merges were learned; that of seed 1 has not. docs/studies/instruction_evolution.md has more.
+one seed, and less with the other. What random edits change is mostly how the model takes the rulebook. Under
+instructions of their own .604 [.55, .66] and .670 [.62, .72] of the grades of new queries are right. The tokenizer of
+seed 0 had still seen test queries when its merges were learned; that of seed 1 has not. There is more in
+docs/studies/instruction_evolution.md.
 
 Reading takes its time: after 400 steps instead of 1,200 macro-F1 was .586 under the full rulebook (seed 0). The loss of
 all, over steps 300 to 400, 700 to 800 and 1,100 to 1,200: 1.25, 1.01, .91.

@@ -45,7 +45,7 @@ def learning_rate_schedule(
     return rate
 
 
-@functools.cache
+@functools.cache  # equal settings give one object, by which a step that was made of it is found again
 def make_optimizer(
     config: DecoderConfig,
     *,

@@ -139,9 +139,9 @@ class Evolution:
             reworded: dict[str, str] = {}
             for place, edits in enumerate(groups):
                 cluster = place if place < len(clusters) else -1
-                before_it = current
-                current = self._best_of(base, current, [_renamed(e, reworded) for e in edits], cluster, proposals, pool)
-                reworded = _reworded(reworded, before_it, current)
+                edits = [_renamed(edit, reworded) for edit in edits]
+                amended = self._best_of(base, current, edits, cluster, proposals, pool)
+                reworded, current = _reworded(reworded, current, amended), amended
         except BudgetExceeded as error:
             stopped, unfinished = str(error), True
         pool = recheck.pareto(pool)
@@ -220,7 +220,7 @@ def _reworded(known: Mapping[str, str], before: Instruction, after: Instruction)
     """Text of a rule as the round found it -> its text now; an edit rewords at most one rule, or two to one."""
     old, new = ([rule.text for rule in one.rules] for one in (before, after))
     gone, come = [text for text in old if text not in new], [text for text in new if text not in old]
-    latest = dict.fromkeys(gone, *come) if gone else {}
+    latest = dict.fromkeys(gone, come[0]) if gone else {}
     return latest | {first: latest.get(now, now) for first, now in known.items()}
 
 

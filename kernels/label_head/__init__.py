@@ -51,9 +51,8 @@ def label_head(
         raise ValueError(f"label_ids {label_ids} must be different token ids in [0, {vocabulary})")
     widths = residual_BTD.dtype.itemsize, head_VD.dtype.itemsize
     obstacle = pallas_tpu.obstacle(embed, len(label_ids), *widths)
-    module = {"xla": reference, "pallas_tpu": pallas_tpu}[
-        _implementation.choice("label_head", implementation, obstacle=obstacle)
-    ]
+    chosen = _implementation.choice("label_head", implementation, obstacle=obstacle)
+    module = {"xla": reference, "pallas_tpu": pallas_tpu}[chosen]
     residual_ND = jnp.take_along_axis(residual_BTD, at_BQ[..., None], axis=1).reshape(-1, embed)
     # One by one, each held back: else the TPU compiler wants a head that it lays out column by column in rows, a copy.
     labels_CD = jnp.stack([jax.lax.optimization_barrier(head_VD[label]) for label in label_ids])

@@ -22,6 +22,7 @@ from afrl_jax.data.readers import write_judgments
 from afrl_jax.label_scorer import CPU_BATCH_TOKENS
 from afrl_jax.settings import DistillStage, ModelSettings, RLStage, SFTStage, TextStage, read_settings
 from afrl_jax.sft import SFT, TERMS
+from afrl_jax.stage_steps import stage_learning_rate
 from lm_jax.checkpoint import load_tree
 from lm_jax.config import DecoderConfig
 from lm_jax.config_file import read_config
@@ -122,8 +123,11 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_bits(uninterrupted, tmp_
 def test_every_step_is_logged_once_under_the_names_of_trl(uninterrupted):
     found = records(uninterrupted)
     assert [(r["stage"], r["step"]) for r in found] == [(s, n) for s in STAGES for n in range(STEPS)]
+    settings = read_settings(json.loads((uninterrupted / "config.json").read_text()))
+    rates = dict(zip(settings.stage_names, map(stage_learning_rate, settings.stages), strict=True))
     for record in found:
         assert {"loss", "grad_norm", "tokens_per_second", "time"} <= record.keys()
+        assert record["learning_rate"] == rates[record["stage"]](record["step"])
         assert all(value is not None and math.isfinite(value) for key, value in record.items() if key != "stage")
     trl = {
         "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean",

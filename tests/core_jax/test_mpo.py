@@ -1,3 +1,4 @@
+import functools
 import json
 import pathlib
 
@@ -218,6 +219,27 @@ def test_running_delta_is_the_mean_reward_of_earlier_steps(parameters):
     assert deltas[2] == pytest.approx(np.average(means[:2], weights=counts[:2]), rel=1e-5)
     assert float(state.delta) == pytest.approx(np.average(means, weights=counts), rel=1e-5)
     assert float(state.rewards_seen) == sum(counts) and int(state.step) == 3
+
+
+def test_phases_share_a_step_and_another_beta_is_another_step():
+    optimizer = optax.sgd(1.0)
+    make = functools.partial(mpo.make_step, SHAPE, optimizer, delta="none")
+    assert make(beta=0.5).update is make(beta=0.5).update
+    assert make(beta=0.5).update is not make(beta=0.4).update
+
+
+def test_the_learning_rate_scales_the_update(parameters):
+    optimizer = optax.sgd(1.0)
+    step = mpo.make_step(SHAPE, optimizer, beta=0.5, delta="none")
+    moved = []
+    for rate in (1.0, 0.25):
+        state = mpo.create({name: x.copy() for name, x in parameters.items()}, optimizer)
+        state, _ = step.update(state, batch_of(draw_pairs(3), 4, 48), ALL, rate)
+        moved.append({name: np.asarray(x) - np.asarray(parameters[name]) for name, x in state.parameters.items()})
+    for name, whole in moved[0].items():
+        # The moves are differences of float32 parameters, each rounded once more when it was added.
+        np.testing.assert_allclose(moved[1][name], 0.25 * whole, atol=1e-6, err_msg=name)
+    assert any(np.abs(whole).max() > 1e-3 for whole in moved[0].values())
 
 
 def test_without_a_running_mean_delta_stays_zero(parameters):
