@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ COLUMNS = {
     "rewriter: improves (reward)": "improvement_rate", "gain (judge)": "judge_gain", "hacked": "hacked",
     "distinct": "distinct", "copies title": "copies_title",
 }  # fmt: skip
+Found = Mapping[str, Any]  # of one seed, see `of_seed`
 
 
 def core_config(relevance: Path, start: Path, seed: int, smoke: bool) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def rewriter_evaluations(config: Mapping[str, Any], workdir: Path) -> list[Evalu
     return [Evaluated.load(workdir / "stages" / f"evaluate.{name}") for name in run.stages]
 
 
-def of_one_seed(collapsed: Evaluated, balanced: Evaluated) -> list[str]:
+def hacked_cells(collapsed: Evaluated, balanced: Evaluated) -> list[str]:
     """Cells: hacked by arm, and the difference paired by context (both have the same) with its 95% interval."""
     one, other = hacked(collapsed), hacked(balanced)
     difference = Evaluated(collapsed.queries, collapsed.rewrites, {"hacked": one - other}).figures()["hacked"]
@@ -83,12 +84,32 @@ def of_one_seed(collapsed: Evaluated, balanced: Evaluated) -> list[str]:
     return [f"{one.mean():.3f}", f"{other.mean():.3f}", f"{difference.value:+.3f} {interval}"]
 
 
-def _phase_rows(phases: Mapping[str, list[list[dict[str, float]]]]) -> Rows:
+def of_seed(seed: int, workdir: Path, smoke: bool) -> Found:
+    """Run what is missing of one seed: figures and phases of each arm, and the cells of `hacked_cells`."""
+    frequency = natural_frequencies()
+    start = workdir / "start" / f"seed{seed}"
+    studies.run(mode_balance.start_config(seed, smoke), start)
+    figures, phases, last = {}, {}, []
+    for name, arm in ARMS.items():
+        relevance = workdir / name / f"seed{seed}"
+        studies.run(mode_balance.arm_config(arm, seed, start, smoke), relevance)
+        before, after = studies.predictions_of(start, "sft"), studies.predictions_of(relevance, "rl")
+        exported = [(folder / "export").resolve() for folder in (relevance, start)]
+        folders = [workdir / f"rewriter_{of}" / f"seed{seed}" for of in (next(iter(ARMS)), name)]
+        share_start(*folders)
+        evaluated = rewriter_evaluations(core_config(*exported, seed, smoke), folders[1])
+        phases[name] = [hacking(each) for each in evaluated]
+        figures[name] = mode_balance.measured(after, before, frequency, None) | phases[name][-1]
+        last.append(evaluated[-1])
+    return {"figures": figures, "phases": phases, "hacked": hacked_cells(*last)}
+
+
+def _phase_rows(seeds: Sequence[Found]) -> Rows:
     return [
-        {"arm": arm, "seed": seed, "phase": phase, "figure": figure, "value": found[figure]}
-        for arm, seeds in phases.items()
-        for seed, of_seed in enumerate(seeds)
-        for phase, found in enumerate(of_seed)
+        {"arm": arm, "seed": seed, "phase": phase, "figure": figure, "value": values[figure]}
+        for arm in ARMS
+        for seed, found in enumerate(seeds)
+        for phase, values in enumerate(found["phases"][arm])
         for figure in ("improvement_rate", "judge_gain", "hacked")
     ]
 
@@ -112,54 +133,42 @@ def _draw(rows: Rows) -> Picture:
     return picture
 
 
-def main() -> None:
-    """Run what is missing, then write the page."""
-    parsed = studies.arguments(__doc__, "runs/joint")
-    if parsed.arms:
-        raise SystemExit("--arms: this study needs both arms")
-    frequency = natural_frequencies()
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    phases: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}
-    last: dict[str, list[Evaluated]] = {arm: [] for arm in ARMS}
-    for seed in range(parsed.seeds):
-        start = parsed.workdir / "start" / f"seed{seed}"
-        studies.run(mode_balance.start_config(seed, parsed.smoke), start)
-        for name, arm in ARMS.items():
-            relevance = parsed.workdir / name / f"seed{seed}"
-            studies.run(mode_balance.arm_config(arm, seed, start, parsed.smoke), relevance)
-            before, after = studies.predictions_of(start, "sft"), studies.predictions_of(relevance, "rl")
-            columns = mode_balance.measured(after, before, frequency, None)
-            exported = [(folder / "export").resolve() for folder in (relevance, start)]
-            config = core_config(*exported, seed, parsed.smoke)
-            folders = [parsed.workdir / f"rewriter_{of}" / f"seed{seed}" for of in (next(iter(ARMS)), name)]
-            share_start(*folders)
-            evaluated = rewriter_evaluations(config, folders[1])
-            phases[name].append([hacking(each) for each in evaluated])
-            found[name].append({**columns, **phases[name][-1][-1]})
-            last[name].append(evaluated[-1])
-    rows = [[arm, *(studies.cell([s[key] for s in seeds]) for key in COLUMNS.values())] for arm, seeds in found.items()]
-    pairs = list(zip(found["collapsed"], found["balanced"], strict=True))
+def write_study(seeds: Sequence[Found], folder: Path) -> None:
+    """The page of so many seeds."""
+    by_arm = {arm: [found["figures"][arm] for found in seeds] for arm in ARMS}
+    rows = [[arm, *(studies.cell([s[key] for s in some]) for key in COLUMNS.values())] for arm, some in by_arm.items()]
+    pairs = [*zip(*by_arm.values(), strict=True)]
     differences = {key: [one[key] - other[key] for one, other in pairs] for key in COLUMNS.values()}
     rows.append(["collapsed − balanced", *(studies.cell(values, signed=True) for values in differences.values())])
-    by_seed = [[str(seed), *of_one_seed(*pair)] for seed, pair in enumerate(zip(*last.values(), strict=True))]
     mean, half = studies.over_seeds(differences["hacked"])
     seen = np.isfinite(half) and abs(mean) > half
     parts = [
         "# The joint experiment",
-        f"{parsed.seeds} seeds, mean ± half of the 95% t interval over seeds; the last row is paired by seed."
-        if parsed.seeds > 1 else "One seed, so that there is no interval over seeds.",
+        f"{len(seeds)} seeds, mean ± half of the 95% t interval over seeds; the last row is paired by seed."
+        if len(seeds) > 1 else "One seed, so that there is no interval over seeds.",
         "```\npython -m benchmarks.joint_experiment --workdir=runs/joint --output=docs/studies\n```",
         "Rewriters against the collapsed relevance model are hacked "
         + (("more" if mean > 0 else "less") + " often than against the balanced one." if seen else
            "as often as against the balanced one, as far as these seeds can tell."),
         studies.markdown_table(["relevance model", *COLUMNS], rows),
         "Hacked, by seed, of the held-out contexts; the intervals are over queries, paired by context.",
-        studies.markdown_table(["seed", *ARMS, "collapsed − balanced"], by_seed),
+        studies.markdown_table(
+            ["seed", *ARMS, "collapsed − balanced"], [[str(n), *found["hacked"]] for n, found in enumerate(seeds)]
+        ),
     ]  # fmt: skip
     plot = Plot("joint_experiment", "By phase", "Phase 0 is the supervised start; faint lines are seeds.",
-                _phase_rows(phases), _draw)  # fmt: skip
-    studies.write_page(parsed.output, "joint_experiment", parts, [plot], {"figures": found, "phases": phases})
-    print(json.dumps({arm: studies.over_seeds([s["hacked"] for s in seeds])[0] for arm, seeds in found.items()}))
+                _phase_rows(seeds), _draw)  # fmt: skip
+    studies.write_page(folder, "joint_experiment", parts, [plot], list(seeds))
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parsed = studies.arguments(__doc__, "runs/joint")
+    if parsed.arms:
+        raise SystemExit("--arms: this study needs both arms")
+    seeds = [of_seed(seed, parsed.workdir, parsed.smoke) for seed in range(parsed.seeds)]
+    write_study(seeds, parsed.output)
+    print(json.dumps({arm: float(np.mean([found["figures"][arm]["hacked"] for found in seeds])) for arm in ARMS}))
 
 
 if __name__ == "__main__":

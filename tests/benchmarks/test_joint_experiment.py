@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.joint_experiment import hacked, of_one_seed, share_start
+from benchmarks.joint_experiment import hacked, hacked_cells, share_start
 from core_jax.evaluation import Evaluated
 
 
@@ -18,10 +18,10 @@ def test_hacked_is_what_the_reward_likes_and_the_judge_does_not():
 
 def test_arms_are_compared_context_by_context():
     often, seldom = evaluated([1.0] * 8, [-1.0] * 6 + [1.0] * 2), evaluated([1.0] * 8, [-1.0] * 4 + [1.0] * 4)
-    mine, others, difference = of_one_seed(often, seldom)
+    mine, others, difference = hacked_cells(often, seldom)
     # Of four queries one is decided by the arm, wholly: its share in a resample of four is 0, 1/4, ... 1.
     assert (mine, others, difference) == ("0.750", "0.500", "+0.250 [+0.000, +0.750]")
-    assert of_one_seed(often, often)[2] == "+0.000 [+0.000, +0.000]"
+    assert hacked_cells(often, often)[2] == "+0.000 [+0.000, +0.000]"
 
 
 def test_a_finished_start_is_shared_and_an_unfinished_one_is_not(tmp_path):
