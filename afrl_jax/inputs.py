@@ -60,6 +60,11 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
         _check_batch(name, stage, mesh)
     instruction = settings.instruction or _built_in_instruction(settings)
     judgments, texts = _open_data(settings, instruction)
+    name = settings.evolve.calibration if settings.evolve else ""
+    if name and any(judgment.query.instruction for judgment in judgments[name]):
+        raise ValueError(
+            f"evolve.calibration: data.{name} are judged under instructions of their own, not the evolving one"
+        )
     if settings.tokenizer != "train":
         tokenizer = Tokenizer.load(settings.tokenizer or settings.teacher.source)
     elif tokenizer_folder.exists():
@@ -112,7 +117,8 @@ def _open_data(
     """Judgments and texts by name, of every data set that a stage or the evaluation names."""
     judged = {settings.evaluation.test, settings.evaluation.calibration}
     if settings.evolve:
-        judged |= {settings.evolve.dev_new, settings.evolve.dev_replay, settings.evolve.test} - {""}
+        evolve = settings.evolve
+        judged |= {evolve.dev_new, evolve.dev_replay, evolve.test, evolve.calibration} - {""}
     read = set()
     for stage in settings.stages:
         named = sources_of(stage)

@@ -249,7 +249,7 @@ class Recipe:
             for name, held_out in (("full rulebook", False), ("full rulebook, held-out wording", True)):
                 references[name] = clips_rulebooks.full_rulebook(held_out_wording=held_out)
         names = {"dev_new": evolve.dev_new, "dev_replay": evolve.dev_replay, "test": evolve.test}
-        held = self.judgments[self.settings.evaluation.calibration]
+        held = self.judgments[evolve.calibration or self.settings.evaluation.calibration]
         # A model that learned to read was trained on pairs with instructions of their own: nothing is fitted on these.
         reads = any(judgment.query.instruction for judgment in held)
         rounds = evolve_instruction(

@@ -116,12 +116,18 @@ class DistillStage(RowsStage):
 @dataclasses.dataclass(frozen=True)
 class EvolveStage(EvolutionSettings):
     """Instruction evolution (`afrl_jax.instructions.run`), after all training: `model` is the judge, and must have been
-    trained to read instructions or be pretrained. The other fields name data sets; `test` may stay empty."""
+    trained to read instructions or be pretrained. The other fields name data sets; `test` may stay empty.
+
+    On `calibration` the judge's probabilities are set right under each instruction anew, as they would be where it is
+    used: else an edit may stand for shifting them. Empty, it is that of the evaluation, unless its pairs have
+    instructions of their own; then nothing is fitted.
+    """
 
     model: str = "teacher"
     dev_new: str = ""
     dev_replay: str = ""
     test: str = ""
+    calibration: str = ""
 
 
 STAGES: dict[str, type[Stage]] = {"text": TextStage, "sft": SFTStage, "rl": RLStage, "distill": DistillStage}
@@ -373,6 +379,12 @@ def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
             )
         if name in trained:
             raise ValueError(f"evolve: data.{name} is trained on; instructions are judged on other queries")
+    if name := evolve.calibration:
+        _judged("evolve.calibration", name, settings)
+        if name in trained or name in used:
+            raise ValueError(
+                f"evolve.calibration: data.{name} is read elsewhere; it takes pairs that nothing else reads"
+            )
     if evolve.synthesize and settings.instruction is not None:
         raise ValueError("evolve.synthesize makes examples from the catalogue of clips; this config has other data")
 

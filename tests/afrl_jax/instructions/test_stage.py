@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from afrl_jax import recipe
 from afrl_jax.instructions.budget import BudgetExceeded
 from afrl_jax.instructions.client import Completion
 from afrl_jax.instructions.run import ChatSettings
@@ -73,3 +74,35 @@ def test_three_data_sets_are_three_that_nothing_else_reads():
     wrong["evolve"]["dev_replay"] = "dev_new"
     with pytest.raises(ValueError, match="dev_new, dev_replay and test are three data sets"):
         read_settings(wrong)
+
+
+def test_what_the_judge_is_calibrated_on_is_said_by_the_config_and_has_no_instructions_of_its_own(
+    tmp_path, monkeypatch
+):
+    read = config(9)
+    read["data"]["held"] = {"format": "clips", "documents_per_query": 4, "queries": 3, "split": "dev"}
+    given = {}
+
+    class Judged(RuntimeError):
+        pass
+
+    def judge(model, calibration):
+        given["calibration"] = calibration
+        raise Judged
+
+    monkeypatch.setattr(recipe, "ModelJudge", judge)
+    for name, pairs in (("", 0), ("held", 12)):
+        read["evolve"]["calibration"] = name
+        with pytest.raises(Judged):
+            Recipe(read_settings(read), read, tmp_path / f"run_{name}")()
+        assert len(given["calibration"]) == pairs  # evaluation.calibration has instructions of its own
+    read["evolve"]["calibration"] = "calibration"
+    with pytest.raises(
+        ValueError, match=r"evolve\.calibration: data\.calibration are judged under instructions of their"
+    ):
+        Recipe(read_settings(read), read, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for name in ("train", "dev_new"):
+        read["evolve"]["calibration"] = name
+        with pytest.raises(ValueError, match=rf"evolve\.calibration: data\.{name} is read elsewhere"):
+            read_settings(read)
