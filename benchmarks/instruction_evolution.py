@@ -180,14 +180,15 @@ def _draw(rows: Rows) -> Picture:
     judges, arms = report_pictures.distinct(rows, "judge"), report_pictures.distinct(rows, "arm")
     picture = report_pictures.blank(report_pictures.WIDTH, 3.6)
     colors = report_pictures.colors_of(arms)
-    for panel, judge in zip(picture.subplots(1, len(judges), squeeze=False).flat, judges, strict=True):
+    panels = picture.subplots(1, len(judges), squeeze=False, sharey=True).flat
+    for panel, judge in zip(panels, judges, strict=True):
         for arm in arms:
             for seed in report_pictures.distinct(rows, "seed"):
                 line = [r for r in rows if (r["judge"], r["arm"], r["seed"]) == (judge, arm, seed)]
                 label = arm if seed == 0 else None
                 panel.plot([r["round"] for r in line], [r["macro_f1"] for r in line], "o-", color=colors[arm],
                            markersize=4, alpha=0.7, label=label)  # fmt: skip
-        panel.set(title=judge, xlabel="round", ylabel="macro-F1 on dev_new")
+        panel.set(title=judge, xlabel="round", ylabel="macro-F1 on dev_new" if judge == judges[0] else "")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     report_pictures.shared_legend(picture)
     return picture
