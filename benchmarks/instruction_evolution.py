@@ -79,7 +79,7 @@ def model(seed: int, workdir: Path, smoke: bool) -> dict[str, float]:
             config[name] |= {"steps": 2}
         config["data"]["texts"]["texts"] = 100
         for source in config["data"].values():
-            source |= {"queries": 12} if "queries" in source else {}
+            source |= {"queries": 40 if "keep" in source else 12} if "queries" in source else {}
         config["evolve"] |= {"rounds": 1, "clusters": 1, "edits": 1, "synthesize": 0}
         config["evaluation"] |= {"explained_pairs": 0, "resamples": 20}
     studies.run(config, workdir)
