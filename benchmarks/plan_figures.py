@@ -8,10 +8,7 @@
 The recipe is configs/afrl_qwen3_32b_to_0_6b.py with another teacher; no chip is needed, nothing runs. Figures keep
 three digits. The exit status is 1 where one differs from tests/golden/plan.json: then either the step has changed,
 which the difference should explain, or the compiler has. To accept it, delete the entry from the file and --write it
-again. A teacher on a slice takes ten to twenty minutes on one core. The file lacks, on v6e:16x16, decoding, update
-and labels of 8B. Of 32B and of 8B, what the file has there is older than the rest: steps that train were made before
-the embedding's gradient was summed in float32, rollouts before the head was split by rows for drawing. Prints one line
-of JSON last.
+again. A teacher on a slice takes two to twenty minutes on one core. Prints one line of JSON last.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.plan_figures import GOLDEN, differences, entries
+from benchmarks.plan_figures import GOLDEN, MESHES, STUDENT, TEACHERS, differences, entries
 from lm_jax.config import preset
 from sharding.chips import CHIPS
 
@@ -38,6 +38,14 @@ def test_every_program_of_the_recipe_fits_into_its_slice(teacher):
     assert len(of_teacher) == 6
     for name, figures in of_teacher.items():
         assert figures["fits"] and figures["GiB"] < 0.9 * CHIPS["v5p"].memory / 2**30, name
+
+
+def test_the_golden_file_has_every_program():
+    names = json.loads(GOLDEN.read_text())
+    of_first = {name.removeprefix("0.6B v5p:4x4x4 ") for name in names if name.startswith("0.6B v5p:4x4x4 ")}
+    assert len(of_first) == 6
+    expected = {f"{teacher} {place} {program}" for teacher in TEACHERS for place in MESHES for program in of_first}
+    assert {*names} == expected | {f"student {place} {program}" for place in MESHES for program in STUDENT}
 
 
 def test_the_golden_file_is_of_plausible_figures():
