@@ -5,11 +5,12 @@
       finds by mining, beside as many random edits. Needs no model.
 
   python -m afrl_jax.instructions evolve --workdir=runs/mine --model=runs/quickstart/export \\
-      --dev_new=data/dev_new --dev_replay=data/dev_replay --test=data/test --instruction=guideline.json
+      --dev_new=data/dev_new --dev_replay=data/dev_replay --calibration=data/held --test=data/test \\
+      --instruction=guideline.json
       Your judgments, your model. An instruction is JSON: {"task": ..., "scale": {"labels": [...], "meanings": [...]},
       "rules": [{"number": 1, "text": "another brand: 1", "grades": [0]}]}; grades are indices on the scale. The same
-      folder for dev_new and dev_replay is split by query. Give --calibration=DIR too, other judged queries on which
-      the model's label probabilities are set right for each instruction: without, an edit may stand for shifting them.
+      folder for dev_new and dev_replay is split by query. --calibration is of other judged queries, on which the
+      model's label probabilities are set right for each instruction: without, an edit may stand for shifting them.
       A pretrained model, which is asked zero-shot, needs it.
 
   ... --proposer=language_model --base_url=https://host/v1 --language_model=NAME --calls=200 --tokens=400000
