@@ -16,8 +16,19 @@ from jax.sharding import Mesh
 from afrl_jax.answer_format import AnswerFormat, plain_texts, query_texts
 from afrl_jax.data import clips, clips_rulebooks, sources
 from afrl_jax.data.batches import text_groups
+from afrl_jax.instructions.evolution import queries_of
 from afrl_jax.schema import DomainText, Instruction, Judgment
-from afrl_jax.settings import DistillStage, ModelSettings, RLStage, Settings, SFTStage, Stage, TextStage, sources_of
+from afrl_jax.settings import (
+    DistillStage,
+    EvolveStage,
+    ModelSettings,
+    RLStage,
+    Settings,
+    SFTStage,
+    Stage,
+    TextStage,
+    sources_of,
+)
 from lm_jax.config import DecoderConfig
 from lm_jax.run_folder import digest_of
 from lm_jax.shape import evenly_spaced, shape_from_fields
@@ -60,11 +71,6 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
         _check_batch(name, stage, mesh)
     instruction = settings.instruction or _built_in_instruction(settings)
     judgments, texts = _open_data(settings, instruction)
-    name = settings.evolve.calibration if settings.evolve else ""
-    if name and any(judgment.query.instruction for judgment in judgments[name]):
-        raise ValueError(
-            f"evolve.calibration: data.{name} are judged under instructions of their own, not the evolving one"
-        )
     if settings.tokenizer != "train":
         tokenizer = Tokenizer.load(settings.tokenizer or settings.teacher.source)
     elif tokenizer_folder.exists():
@@ -81,6 +87,8 @@ def open_inputs(settings: Settings, tokenizer_folder: Path) -> Inputs:
         shapes[model] = _shape(model, getattr(settings, model), tokenizer, shapes)
         _check_tokenizer(model, settings, format, judgments)
     _check_apart(settings, format, judgments)
+    if settings.evolve and settings.evolve.calibration:
+        _check_judge(settings.evolve, judgments)
     _check_rows(settings, format, shapes, judgments)
     _check_text_rows(settings, tokenizer, texts)
     return Inputs(judgments, texts, format, shapes, mesh)
@@ -227,6 +235,19 @@ def _check_apart(settings: Settings, format: AnswerFormat, judgments: Mapping[st
             f"evaluation.calibration: {len(shared)} queries of data.{named['calibration']} are in data.{named['test']} "
             f"too, such as {min(shared)!r}; figures would flatter the model"
         )
+
+
+def _check_judge(evolve: EvolveStage, judgments: Mapping[str, list[Judgment]]) -> None:
+    """What calibrates the judge of an instruction has none of its own, and no query that the judge is then asked."""
+    name = evolve.calibration
+    if any(judgment.query.instruction for judgment in judgments[name]):
+        raise ValueError(f"evolve.calibration: data.{name} has pairs that were judged under instructions of their own")
+    for other in filter(None, (evolve.dev_new, evolve.dev_replay, evolve.test)):
+        if shared := queries_of(judgments[name]) & queries_of(judgments[other]):
+            raise ValueError(
+                f"evolve.calibration: {len(shared)} queries of data.{name} are in data.{other} too, such as "
+                f"{min(shared)[1]!r}"
+            )
 
 
 def _prompts(format: AnswerFormat, judgments: Sequence[Judgment]) -> list[bytes]:

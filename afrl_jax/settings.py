@@ -379,12 +379,10 @@ def _check_evolve(evolve: EvolveStage, settings: Settings) -> None:
             )
         if name in trained:
             raise ValueError(f"evolve: data.{name} is trained on; instructions are judged on other queries")
-    if name := evolve.calibration:
-        _judged("evolve.calibration", name, settings)
-        if name in trained or name in used:
-            raise ValueError(
-                f"evolve.calibration: data.{name} is read elsewhere; it takes pairs that nothing else reads"
-            )
+    if evolve.calibration:
+        _judged("evolve.calibration", evolve.calibration, settings)
+        if evolve.calibration in trained:
+            raise ValueError(f"evolve.calibration: data.{evolve.calibration} is trained on")
     if evolve.synthesize and settings.instruction is not None:
         raise ValueError("evolve.synthesize makes examples from the catalogue of clips; this config has other data")
 

@@ -4,8 +4,8 @@
 
 Then its instruction evolves, from the rulebook without its rare rules, by mined edits and beside as many random ones;
 runs/rulebooks/evolution/report/report.html shows what each round fixed, against the full rulebook, also in words that
-training never showed. Measured on one core with AVX2, shared with other programs: text 1,174 s, grade 687 s, read
-2,523 s, evolution 20 minutes. Macro-F1 and recall of tail rules on test pairs, seed 2, 95% intervals:
+training never showed. Measured on one core with AVX2, shared with other programs: text 556 s (seed 1); grade 687 s,
+read 2,523 s, evolution 20 minutes. Macro-F1 and recall of tail rules on test pairs, seed 2, 95% intervals:
 
     without the rare rules    .766 [.72, .80]  .665 [.57, .76]
       after random edits      .774 [.73, .81]  .676 [.58, .77]
